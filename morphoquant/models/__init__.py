@@ -1,0 +1,1 @@
+"""Model families: loading, token modalities, structure. Import submodules as needed."""

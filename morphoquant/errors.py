@@ -1,0 +1,7 @@
+"""Errors that a user is meant to see: one clear message, no traceback."""
+
+from __future__ import annotations
+
+
+class HarnessError(Exception):
+    """Base of every expected failure: bad input, missing data, a storage or invariant problem."""
