@@ -116,6 +116,8 @@ class ActivationConfig(Strict):
     granularity: Literal["per_tensor", "per_token", "per_channel", "per_group"] = "per_token"
     mode: Literal["dynamic", "static"] = "dynamic"
     symmetric: bool = True
+    affine_when_sign_constant: bool = False
+    """Static per channel: channels that never change sign get a grid over [lo, hi] (SPEC 2.6)."""
     group_size: PositiveInt = 128
     range: RangeConfig = RangeConfig()
 

@@ -1,0 +1,411 @@
+"""One run, from a validated config to a finished run directory.
+
+It reads top to bottom: check -> identify -> load -> calibrate -> transform -> walk -> evaluate ->
+manifest -> record. Everything that can be refused is refused before a weight is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morphoquant import evaluation
+from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig, TrackerConfig
+from morphoquant.errors import HarnessError
+from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
+from morphoquant.tracking.progress import progress, progress_callback
+from morphoquant.tracking.rundir import RunDirectory
+from morphoquant.tracking.wandb_mirror import Tracker, open_tracker
+
+if TYPE_CHECKING:
+    import torch
+
+    from morphoquant.calibration.samples import Calibration
+    from morphoquant.models.adapter import Batch, OmniAdapter
+    from morphoquant.quantization.engine import BlockQuantizer
+    from morphoquant.quantization.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+PROBES_PER_MODALITY = 2
+MIN_COSINE = 0.999  # of probe logits after a transform, in 16-bit arithmetic (SPEC 5)
+
+
+class InvariantError(HarnessError):
+    """Something that must be true of every run was not; the numbers would mean nothing."""
+
+
+@dataclass
+class Clock:
+    """Seconds per phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def reference_config(config: RunConfig) -> RunConfig:
+    """The same run with nothing quantized: what every table compares with."""
+    return config.model_copy(
+        update={"method": MethodConfig(), "bits": BitsConfig(), "reference": False}
+    )
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Do (or finish, or look up) one run and return its ``result.json``.
+
+    With ``config.reference`` the unquantized model is measured first, unless it already was.
+
+    Raises:
+        HarnessError: bad input (model, data, calibration), a full disk, a violated invariant.
+    """
+    reference = None
+    if config.reference and config.method.quantizes:
+        reference = run(reference_config(config))
+    prepared = _prepare(config)
+    directory = RunDirectory.open(Path(config.paths.runs), _name(config), prepared.identity)
+    with directory.lock():
+        if directory.finished:
+            log.info("reused: %s is finished", directory.path)
+            return directory.result()
+        tracker = _tracker(config, directory)
+        try:
+            result = _execute(config, prepared, directory, tracker)
+            result["reference"] = reference["fingerprint"] if reference else None
+            tracker.summary(_flat(result))
+            directory.finish(result)
+        finally:
+            tracker.finish()
+    return result
+
+
+# ----------------------------------------------------------------------------- preparation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is loaded."""
+
+    calibration: Calibration
+    identity: dict[str, Any]
+
+
+def _prepare(config: RunConfig) -> Prepared:
+    """All cheap checks, and the identity of the run."""
+    from morphoquant.calibration.samples import check_disjoint, load_samples
+    from morphoquant.models.loading import check, model_hash
+
+    check(config.model)
+    evaluation.check(config.benchmark, config.paths)
+    calibration = load_samples(config.calibration, _mini_root(config))
+    questions = evaluation.question_ids(config.benchmark, config.paths)
+    check_disjoint(calibration.ids, questions)
+    described = config.model_dump(exclude={"tracker", "paths", "reference"}, mode="json")
+    identity = {
+        "config": described,
+        "code": code_hash(),
+        "versions": package_versions(),
+        "model": model_hash(config.model),
+        "calibration_ids": calibration.ids_hash,
+        "question_ids": fingerprint({"ids": sorted(questions)})[:16],
+    }
+    return Prepared(calibration, identity)
+
+
+def _mini_root(config: RunConfig) -> Path | None:
+    """The built embedded sets, where a calibration source asks for them."""
+    from morphoquant.calibration.samples import MINI
+
+    if not any(source.path.startswith(MINI) for source in config.calibration.sources):
+        return None
+    from morphoquant.embedded.benchmarks import build
+
+    return build(Path(config.paths.cache) / "mini")
+
+
+def _name(config: RunConfig) -> str:
+    return f"{config.model.name}-{config.method.name}-{config.bits.scheme}-{config.benchmark.name}"
+
+
+def _tracker(config: RunConfig, directory: RunDirectory) -> Tracker:
+    settings: TrackerConfig = config.tracker
+    described = config.model_dump(mode="json")
+    return open_tracker(
+        settings, described, directory.path.name, settings.group, directory.path
+    )
+
+
+# ----------------------------------------------------------------------------- execution
+
+
+def _execute(
+    config: RunConfig, prepared: Prepared, directory: RunDirectory, tracker: Tracker
+) -> dict[str, Any]:
+    from morphoquant.models.adapter import OmniAdapter
+    from morphoquant.quantization.manifest import complete, describe_scope, reset_counters
+
+    clock, started = Clock(), time.perf_counter()
+    with clock.phase("load"):
+        adapter = OmniAdapter.load(config.model)
+    probe = adapter.encode(
+        [s.messages for s in _probe_samples(prepared.calibration, PROBES_PER_MODALITY)]
+    )
+    towers = [t for t in ("vision", "audio", "decoder") if getattr(config.model.scope, t)]
+    with clock.phase("quantize"):
+        before = adapter.logits(probe)
+        drift = _transform(config, adapter, probe, before)
+        quantizer = _walk(config, adapter, towers, prepared.calibration)
+        after = adapter.logits(probe)
+        agreement = _agreement(config, before, after)
+    blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]
+    manifest = quantizer.manifest if quantizer.records else describe_scope(blocks)
+    directory.write_json("manifest.json", manifest.to_dict())
+    scalars = _record_statistics(config, quantizer, directory, tracker)
+    reset_counters(blocks)
+    with clock.phase("evaluate"):
+        found = evaluation.evaluate(
+            adapter,
+            config.benchmark,
+            config.paths,
+            directory.answers,
+            progress_callback(),
+        )
+    _count_on_probe(manifest, adapter, prepared.calibration, blocks)
+    complete(manifest, blocks, config.method, config.bits)
+    directory.write_json("manifest.json", manifest.to_dict())
+    directory.write_table("samples", found.samples)
+    tracker.table("samples", found.samples)
+    clock.seconds["total"] = time.perf_counter() - started
+    accuracy = found.by_benchmark()
+    tracker.log({f"accuracy/{name}": row["value"] for name, row in accuracy.items()})
+    return {
+        "fingerprint": directory.fingerprint,
+        "name": _name(config),
+        "method": config.method.name,
+        "scheme": config.bits.scheme,
+        "model": config.model.name,
+        "benchmark": config.benchmark.name,
+        "limit": config.benchmark.limit,
+        "slots": describe_slots(config.method),
+        "scope": {
+            "towers": towers,
+            "linears": len(manifest.linears),
+            "hash": manifest.scope_hash,
+        },
+        "calibration": {
+            "samples": config.calibration.samples,
+            "search_samples": config.calibration.search_samples,
+            "ids_hash": prepared.calibration.ids_hash,
+        },
+        "question_ids": prepared.identity["question_ids"],
+        "accuracy": accuracy,
+        "modality": found.by_modality(),
+        "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy),
+        "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
+        "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
+        "transform_drift": drift,
+        "logits": agreement,
+        "statistics": scalars,
+        "versions": prepared.identity["versions"],
+    }
+
+
+def _probe_samples(calibration: Calibration, per_modality: int) -> list[Any]:
+    """A few calibration samples of every modality."""
+    chosen: dict[str, list[Any]] = {}
+    for sample in calibration.samples:
+        group = chosen.setdefault(sample.modality, [])
+        if len(group) < per_modality:
+            group.append(sample)
+    return [sample for _, group in sorted(chosen.items()) for sample in group]
+
+
+def _transform(
+    config: RunConfig, adapter: OmniAdapter, probe: Batch, before: torch.Tensor
+) -> float | None:
+    """Slot 1, with the check that the unquantized outputs did not move.
+
+    Raises:
+        InvariantError: they did.
+    """
+    import torch
+
+    from morphoquant.quantization.transforms import apply_transform
+    from morphoquant.quantization.transforms.check import largest_relative_change
+
+    settings = config.method.transform
+    if settings.name == "none":
+        return None
+    with torch.no_grad():
+        apply_transform(adapter.residual_stream(), settings)
+    after = adapter.logits(probe)
+    drift = largest_relative_change(before, after)
+    if adapter.model.dtype == torch.float32:
+        if not drift <= settings.tolerance:
+            raise InvariantError(
+                f"transform {settings.name!r} moved the unquantized logits by {drift:.2e} "
+                f"(relative), allowed method.transform.tolerance={settings.tolerance:g}"
+            )
+    else:
+        cosine = torch.cosine_similarity(before, after, dim=-1).min().item()
+        if not cosine >= MIN_COSINE:
+            raise InvariantError(
+                f"transform {settings.name!r} turned the unquantized logits (cosine {cosine:.5f}, "
+                f"needed {MIN_COSINE}); try model.dtype=float32"
+            )
+    return drift
+
+
+def _walk(
+    config: RunConfig, adapter: OmniAdapter, towers: list[Any], calibration: Calibration
+) -> BlockQuantizer:
+    """Slots 2 to 4, block by block."""
+    from morphoquant.calibration.samples import batches
+    from morphoquant.calibration.walk import walk
+    from morphoquant.quantization.engine import SEARCH, STATISTICS, BlockQuantizer
+
+    quantizer = BlockQuantizer(config.method, config.bits, observe=config.statistics.enabled)
+    if not (quantizer.observe or config.method.quantizes or config.method.transform.name != "none"):
+        return quantizer
+    size = config.calibration.batch_size
+
+    def encoded(samples: Any) -> list[Any]:
+        return [adapter.encode([s.messages for s in group]) for group in batches(samples, size)]
+
+    sets = {STATISTICS: encoded(calibration.samples)}
+    if quantizer.searches and calibration.search:
+        sets[SEARCH] = encoded(calibration.search)
+    count = sum(len(adapter.blocks(tower)) for tower in towers)
+    title = f"Quantizing {config.method.name} {config.bits.scheme}"
+    if not config.method.quantizes:
+        title = f"Observing {config.method.name}"
+    with progress(title, count, unit="blocks") as step:
+        walk(adapter, towers, sets, quantizer, step)
+    return quantizer
+
+
+def _agreement(
+    config: RunConfig, before: torch.Tensor, after: torch.Tensor
+) -> dict[str, float] | None:
+    """How far quantization moved the probe logits.
+
+    Raises:
+        InvariantError: not at all (nothing was quantized), or to NaN.
+    """
+    import torch
+
+    method, bits = config.method, config.bits
+    weight = method.weight.format != "none" and bits.weight < 16
+    activation = method.activation.format != "none" and bits.activation < 16
+    if not torch.isfinite(after).all():
+        raise InvariantError(
+            "the quantized model's logits hold NaN or infinite values on calibration prompts"
+        )
+    if not (weight or activation):
+        return None
+    if torch.equal(before, after):
+        raise InvariantError(
+            f"method {method.name!r} at {bits.scheme} left the logits exactly as they were: "
+            f"nothing was quantized"
+        )
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    return {
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "top1_agreement": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
+    }
+
+
+def _count_on_probe(
+    manifest: Manifest, adapter: OmniAdapter, calibration: Calibration, blocks: list[Any]
+) -> None:
+    """Where every answer was already on disk, let the quantizers run on calibration prompts."""
+    from morphoquant.quantization.linear import QuantizedLinear
+
+    modules = [b.linear(g.linears[0]) for b in blocks for g in b.groups]
+    if any(isinstance(m, QuantizedLinear) and m.calls == 0 for m in modules):
+        manifest.counted_on = "calibration"
+        samples = _probe_samples(calibration, 1)
+        adapter.generate([s.messages for s in samples], max_new_tokens=2)
+
+
+# ----------------------------------------------------------------------------- record
+
+
+def _record_statistics(
+    config: RunConfig, quantizer: BlockQuantizer, directory: RunDirectory, tracker: Tracker
+) -> dict[str, float]:
+    """Outlier statistics to parquet and the tracker; a few scalars for the result."""
+    if not quantizer.collected:
+        return {}
+    import pandas as pd
+
+    from morphoquant.calibration.outliers import channel_columns, outlier_rows, overlap_rows
+
+    outliers = pd.DataFrame(outlier_rows(quantizer.collected))
+    overlap = pd.DataFrame(overlap_rows(quantizer.collected, config.statistics.outlier_share))
+    directory.write_table("outliers", outliers)
+    directory.write_table("overlap", overlap)
+    directory.write_table("channels", pd.DataFrame(channel_columns(quantizer.collected)))
+    tracker.table("outliers", outliers)
+    tracker.table("overlap", overlap)
+    scalars = {}
+    for name in ("max_over_median", "kurtosis_p99", "dispersion_log1p_max"):
+        for modality, value in outliers.groupby("modality")[name].median().items():
+            scalars[f"{name}/{modality}"] = float(value)
+    if not overlap.empty:
+        pairs = overlap.groupby(["modality_a", "modality_b"])["jaccard"].mean()
+        for (first, second), value in pairs.items():  # type: ignore[misc]
+            scalars[f"outlier_overlap/{first}-{second}"] = float(value)
+    tracker.log({f"outliers/{name}": value for name, value in scalars.items()})
+    return scalars
+
+
+def describe_slots(method: MethodConfig) -> dict[str, str]:
+    """Each slot in a few words, for tables and footnotes."""
+    transform, weight = method.transform, method.weight
+    activation, compensation = method.activation, method.compensation
+    parts = [p for p in ("r1", "r2", "r4") if getattr(transform, p)]
+    described = {
+        "transform": "none" if transform.name == "none" else f"{transform.name} {'+'.join(parts)}",
+        "weight": "none",
+        "activation": "none",
+        "compensation": "none",
+    }
+    if weight.format == "int":
+        granularity = weight.granularity.replace("_", "-")
+        group = f" {weight.group_size}" if weight.granularity == "per_group" else ""
+        described["weight"] = f"int {granularity}{group} {weight.algorithm}, {weight.clip}"
+    elif weight.format != "none":
+        double = " + double quantization" if weight.double_quantization else ""
+        described["weight"] = f"{weight.format}{double}"
+    if activation.format != "none":
+        described["activation"] = (
+            f"{activation.format} {activation.granularity.replace('_', '-')} {activation.mode}, "
+            f"{activation.range.name}"
+        )
+    if compensation.name != "none":
+        described["compensation"] = f"{compensation.name}, {compensation.reading} reading"
+    return described
+
+
+def _flat(result: dict[str, Any]) -> dict[str, Any]:
+    """Scalars of the result, for the tracker's summary."""
+    flat: dict[str, Any] = {"mean_accuracy": result["mean"]}
+    for name, row in result["accuracy"].items():
+        flat |= {f"{name}/{key}": value for key, value in row.items()}
+    for name, row in result["modality"].items():
+        flat[f"modality/{name}"] = row["value"]
+    flat |= {f"bits/{name}": value for name, value in result["bits"].items()}
+    flat |= {f"seconds/{name}": value for name, value in result["seconds"].items()}
+    return flat

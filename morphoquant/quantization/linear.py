@@ -1,0 +1,128 @@
+"""The quantized linear, and the input it shares with its group.
+
+Fake quantization: weights are stored dequantized in the compute dtype, activations are rounded
+to their grid and come back in the compute dtype. Counters prove that the quantizers ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Show = Callable[[torch.Tensor], None]
+
+
+class GroupInput(nn.Module):
+    """What happens to an activation before the linears of one input group read it.
+
+    The linears of a group (q, k, v; gate, up) are called with the same tensor object, so the work
+    is done for the first and handed to the others; the result is dropped after the last.
+
+    Attributes:
+        online: function-preserving rewrite of the input (an online rotation), or None.
+        quantizer: fake quantizer of the activation, or None to leave it bit for bit.
+        compensation: ``(x, x_hat) -> (x_tilde, bypassed)`` or None.
+        tokens, elements, bypassed: what went through the quantizer since the last reset;
+            ``bypassed`` counts elements that stayed in high precision.
+    """
+
+    def __init__(self, readers: int, online: nn.Module | None = None) -> None:
+        super().__init__()
+        self.readers = readers
+        self.online = online
+        self.quantizer: nn.Module | None = None
+        self.compensation: nn.Module | None = None
+        self.enabled = True
+        self.observer: Show | None = None
+        self._source: torch.Tensor | None = None
+        self._result: torch.Tensor | None = None
+        self._reads = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the counters to zero (before evaluation)."""
+        self.tokens = 0
+        self.elements = 0
+        self._bypassed: torch.Tensor | int = 0
+
+    @property
+    def bypassed(self) -> int:
+        return int(self._bypassed)
+
+    @property
+    def quantizes(self) -> bool:
+        return self.quantizer is not None and self.enabled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., channels] -> [..., channels]."""
+        if self._source is x and self._result is not None:
+            result = self._result
+        else:
+            result = self._compute(x)
+            self._source, self._result, self._reads = x, result, 0
+        self._reads += 1
+        if self._reads >= self.readers:
+            self._source = self._result = None
+        return result
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        if self.online is not None:
+            x = self.online(x)
+        if self.observer is not None:
+            self.observer(x)
+        if not self.quantizes:
+            return x
+        assert self.quantizer is not None
+        rounded = self.quantizer(x)
+        self.tokens += x.numel() // x.shape[-1]
+        self.elements += x.numel()
+        if self.compensation is None:
+            return rounded
+        result, bypassed = self.compensation(x, rounded)
+        self._bypassed = self._bypassed + bypassed
+        return result
+
+
+class QuantizedLinear(nn.Module):
+    """Takes the place of an ``nn.Linear``: ``Y = x_tilde W_hat^T + b`` (SPEC 2.4).
+
+    Attributes:
+        weight: dequantized weight [out, in], compute dtype.
+        bias: [out] or None, never quantized.
+        calls: forward calls since the last reset.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, source: GroupInput) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.source = source
+        self.calls = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return F.linear(self.source(x), self.weight, self.bias)
+
+    @contextmanager
+    def observe_input(self, show: Show) -> Iterator[None]:
+        """Show the group's activation as it reaches the quantizer (behind an online rotation)."""
+        self.source.observer = show
+        try:
+            yield
+        finally:
+            self.source.observer = None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"

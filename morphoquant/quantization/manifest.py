@@ -1,0 +1,162 @@
+"""The manifest: what was done to every linear in scope, and how often it ran.
+
+The usual silent failure of quantization code is a layer that stayed in 16 bit, or an activation
+quantizer that was installed and never called. Both fail the run here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from morphoquant.config.schema import BitsConfig, MethodConfig
+from morphoquant.errors import HarnessError
+from morphoquant.models.structure import Block
+from morphoquant.quantization.linear import QuantizedLinear
+
+
+class ManifestError(HarnessError):
+    """A linear in scope that was not quantized, or a quantizer that never ran."""
+
+
+@dataclass
+class LinearRecord:
+    """One linear in scope; ``calls`` and ``tokens`` are filled in after evaluation."""
+
+    name: str
+    tower: str
+    group: str
+    in_features: int
+    out_features: int
+    weight: dict[str, Any]
+    activation: dict[str, Any]
+    compensation: dict[str, Any] = field(default_factory=dict)
+    online_transform: str | None = None
+    calls: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Manifest:
+    """Records of all linears in scope, and the bits that were really spent."""
+
+    linears: list[LinearRecord]
+    counted_on: str = "evaluation"
+
+    @property
+    def scope_hash(self) -> str:
+        """Equal for two runs that had the same linears in scope (SPEC F1)."""
+        names = "\n".join(sorted(f"{r.name} {r.in_features}" for r in self.linears))
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits per weight in scope, scales included."""
+        sizes = [r.in_features * r.out_features for r in self.linears]
+        bits = [r.weight["effective_bits"] for r in self.linears]
+        return sum(s * b for s, b in zip(sizes, bits, strict=True)) / max(sum(sizes), 1)
+
+    @property
+    def activation_bits(self) -> float:
+        """Bits per activation element in scope; what bypassed counts with 16 (SPEC F2)."""
+        seen: set[tuple[str, str]] = set()
+        total, spent = 0.0, 0.0
+        for r in self.linears:
+            key = (r.name.rsplit(".", 1)[0], r.group)
+            if key in seen:
+                continue
+            seen.add(key)
+            weight = r.in_features * max(r.tokens, 1)
+            total += weight
+            spent += weight * r.activation["effective_bits"]
+        return spent / max(total, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "scope_hash": self.scope_hash,
+            "counted_on": self.counted_on,
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "linears": [asdict(r) for r in self.linears],
+        }
+
+
+def describe_scope(blocks: Iterable[Block]) -> Manifest:
+    """The manifest of an unquantized model: every linear in scope at 16 bits."""
+    return Manifest(
+        [
+            LinearRecord(
+                name=f"{block.name}.{name}",
+                tower=block.tower,
+                group=group.name,
+                in_features=_plain(block.linear(name)).in_features,
+                out_features=_plain(block.linear(name)).out_features,
+                weight={"format": "none", "bits": 16, "effective_bits": 16.0},
+                activation={"format": "none", "bits": 16, "effective_bits": 16.0},
+            )
+            for block in blocks
+            for group in block.groups
+            for name in group.linears
+        ]
+    )
+
+
+def _plain(module: nn.Module) -> Any:
+    """The linear inside a wrapper that rewrites its input."""
+    return getattr(module, "linear", module)
+
+
+def reset_counters(blocks: Iterable[Block]) -> None:
+    """Forget what ran before evaluation."""
+    for block in blocks:
+        for group in block.groups:
+            for name in group.linears:
+                module = block.linear(name)
+                if isinstance(module, QuantizedLinear):
+                    module.calls = 0
+                    module.source.reset()
+
+
+def complete(
+    manifest: Manifest, blocks: Iterable[Block], method: MethodConfig, bits: BitsConfig
+) -> None:
+    """Fill in the counters after evaluation and verify them.
+
+    Raises:
+        ManifestError: naming every linear that was not quantized or never ran.
+    """
+    records = {r.name: r for r in manifest.linears}
+    wrong: list[str] = []
+    wants_weight = method.weight.format != "none" and bits.weight < 16
+    wants_activation = method.activation.format != "none" and bits.activation < 16
+    for block in blocks:
+        for group in block.groups:
+            for name in group.linears:
+                full = f"{block.name}.{name}"
+                module = block.linear(name)
+                if not isinstance(module, QuantizedLinear):
+                    if wants_weight or wants_activation:
+                        wrong.append(f"{full}: still a {type(module).__name__}")
+                    continue
+                record = records[full]
+                record.calls, record.tokens = module.calls, module.source.tokens
+                if module.calls == 0:
+                    wrong.append(f"{full}: never ran")
+                elif wants_activation and module.source.tokens == 0:
+                    wrong.append(f"{full}: its activation quantizer never ran")
+                if wants_weight and record.weight["bits"] >= 16:
+                    wrong.append(f"{full}: weights stayed in {record.weight['bits']} bits")
+                if module.source.elements:
+                    rate = module.source.bypassed / module.source.elements
+                    nominal = record.activation["bits"]
+                    record.activation["effective_bits"] = nominal + (16 - nominal) * rate
+                    if record.compensation:
+                        record.compensation["bypass_rate"] = rate
+    if wrong:
+        shown = "\n  ".join(wrong[:10])
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ManifestError(f"not everything in scope was quantized:\n  {shown}{more}")
