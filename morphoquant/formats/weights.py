@@ -22,7 +22,7 @@ Clip = Literal["minmax", "mse"]
 
 SEARCH_STEPS = 80  # ranges 1.00, 0.99, ..., 0.21 of the full one
 SEARCH_POWER = 2.4
-SEARCH_CHUNK = 1 << 20  # elements searched at a time: bounds the memory, and stays in the cache
+SEARCH_CHUNK = 1 << 18  # elements searched at a time: bounds the memory, and stays in the cache
 
 
 @dataclass(frozen=True)
