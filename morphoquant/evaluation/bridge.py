@@ -21,7 +21,7 @@ from typing import Any
 from morphoquant.compat import prepare_torchvision
 from morphoquant.evaluation import tasks as registry
 from morphoquant.evaluation.asking import Asker
-from morphoquant.evaluation.data import LocalData, hub_failure
+from morphoquant.evaluation.data import LocalData, hub_failure, open_local
 from morphoquant.evaluation.errors import DataError, ScoringError
 from morphoquant.evaluation.tasks import Task
 
@@ -136,6 +136,8 @@ def load_task(task: Task, data: LocalData | None, scratch: Path) -> Any:
     Raises:
         DataError: the data cannot be loaded.
     """
+    if data is not None:
+        open_local(task, data)  # lmms-eval would retry for eight seconds what is simply not there
     config = _stock_config(task, data, scratch)
     config["task"] = task.name
     if data is not None:

@@ -99,7 +99,7 @@ _KIND_WORDS: dict[Kind, str] = {
     "optional text": "strings or null",
     "integer": "integers",
     "texts": "lists of strings",
-    "image": "datasets.Image",
+    "image": "datasets.Image(decode=True)",
     "audio": "datasets.Audio, or a struct of 'bytes' and 'path'",
 }
 
@@ -119,7 +119,7 @@ def _is_kind(feature: Any, kind: Kind) -> bool:
         item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
         return dtype(item) in ("string", "large_string")
     if kind == "image":  # an all-empty column is saved as null
-        return isinstance(feature, Image) or dtype(feature) == "null"
+        return (isinstance(feature, Image) and feature.decode) or dtype(feature) == "null"
     return isinstance(feature, Audio) or (isinstance(feature, dict) and "bytes" in feature)
 
 

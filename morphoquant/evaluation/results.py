@@ -55,7 +55,7 @@ class Evaluation:
     samples: pd.DataFrame
 
     def by_benchmark(self) -> dict[str, dict[str, Any]]:
-        """Benchmark -> accuracy (0–100), n, stderr, empty, unparsed; all its tasks pooled.
+        """Benchmark -> value (accuracy, 0–100), n, stderr, empty, unparsed; its tasks pooled.
 
         Pooled by question, so a benchmark of several tasks (AIR-Bench: sound, music, speech) is
         the mean over questions and not over tasks.
@@ -69,11 +69,12 @@ class Evaluation:
     def _pooled(self, column: str) -> dict[str, dict[str, Any]]:
         pooled = {}
         for name, rows in self.samples.groupby(column, sort=False):
-            verdicts = 100.0 * rows["correct"]
+            verdicts = 100.0 * rows["correct"].to_numpy(dtype=float)
+            n = len(verdicts)
             pooled[str(name)] = {
-                "accuracy": float(verdicts.mean()),
-                "n": len(rows),
-                "stderr": float(verdicts.sem()) if len(rows) > 1 else None,
+                "value": float(verdicts.mean()),
+                "n": n,
+                "stderr": float(verdicts.std(ddof=1) / n**0.5) if n > 1 else None,
                 "empty": int(rows["empty"].sum()),
                 "unparsed": int(rows["unparsed"].sum()),
             }
