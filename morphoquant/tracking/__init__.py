@@ -1,0 +1,1 @@
+"""Run directories, fingerprints, progress, and the tracker that mirrors them."""

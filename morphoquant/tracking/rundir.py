@@ -1,0 +1,165 @@
+"""One directory per run: everything that a table is made of, written so that a crash loses nothing.
+
+::
+
+    <runs>/<name>-<fingerprint>/
+        identity.json     what makes this run this run
+        answers/          <task>.jsonl, one line per answered question, as they come
+        manifest.json     every linear in scope: what was done to it, how often it ran
+        samples.parquet   every question with its answer and verdict
+        outliers.parquet  statistics per layer, input group and modality
+        overlap.parquet   shared outlier channels of two modalities
+        channels.parquet  statistics per channel
+        result.json       written last; a run with one is finished
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morphoquant.errors import HarnessError
+from morphoquant.tracking.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+RESULT = "result.json"
+NAME_DIGITS = 10  # of the fingerprint, in the directory's name
+
+
+class StorageError(HarnessError, OSError):
+    """The run directory cannot be written: full disk, no permission."""
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror or error}). Nothing that was finished is "
+            f"lost: make room (or set paths.runs=FOLDER) and give the same command again"
+        ) from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in its place.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    with _storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The result of a run directory, or None where the run is not finished."""
+    try:
+        found = json.loads((path / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "fingerprint" in found else None
+
+
+class RunDirectory:
+    """The directory of one run; see the module's text for what lies in it."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.identity = identity
+        self.fingerprint = fingerprint(identity)
+
+    @classmethod
+    def open(cls, root: Path, name: str, identity: dict[str, Any]) -> RunDirectory:
+        """Make the directory, or take it up again.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        path = Path(root) / f"{name}-{fingerprint(identity)[:NAME_DIGITS]}"
+        directory = cls(path, identity)
+        with _storing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        if not (path / "identity.json").is_file():
+            directory.write_json("identity.json", identity)
+        return directory
+
+    @property
+    def answers(self) -> Path:
+        return self.path / "answers"
+
+    @property
+    def finished(self) -> bool:
+        return read_result(self.path) is not None
+
+    def result(self) -> dict[str, Any]:
+        """The finished run's result.
+
+        Raises:
+            FileNotFoundError: the run is not finished.
+        """
+        found = read_result(self.path)
+        if found is None:
+            raise FileNotFoundError(f"{self.path / RESULT}: this run is not finished")
+        return found
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory; a second process waits until the first is done.
+
+        The lock dies with its process, so a killed run leaves none behind.
+        """
+        from filelock import FileLock, Timeout
+
+        with _storing(self.path):
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                log.info("waiting: another process works on %s", self.path)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # ------------------------------------------------------------------- writing
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        write_atomic(self.path / name, lambda path: _write_text(path, text))
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """A table as ``<name>.parquet``."""
+        write_atomic(
+            self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False)
+        )
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result: from now on the run counts as finished."""
+        self.write_json(RESULT, result)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
