@@ -19,7 +19,7 @@ from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig, Track
 from morphoquant.errors import HarnessError
 from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
 from morphoquant.tracking.progress import progress, progress_callback
-from morphoquant.tracking.rundir import RunDirectory
+from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory
 from morphoquant.tracking.wandb_mirror import Tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -134,6 +134,11 @@ def _mini_root(config: RunConfig) -> Path | None:
     return build(Path(config.paths.cache) / "mini")
 
 
+def run_path(config: RunConfig, result: dict[str, Any]) -> Path:
+    """The directory of a finished run."""
+    return Path(config.paths.runs) / f"{_name(config)}-{result['fingerprint'][:NAME_DIGITS]}"
+
+
 def _name(config: RunConfig) -> str:
     return f"{config.model.name}-{config.method.name}-{config.bits.scheme}-{config.benchmark.name}"
 
@@ -174,20 +179,18 @@ def _execute(
     scalars = _record_statistics(config, quantizer, directory, tracker)
     reset_counters(blocks)
     with clock.phase("evaluate"):
-        found = evaluation.evaluate(
-            adapter,
-            config.benchmark,
-            config.paths,
-            directory.answers,
-            progress_callback(),
-        )
+        title = f"Evaluating {config.method.name} {config.bits.scheme}"
+        with progress_callback(title) as report:
+            found = evaluation.evaluate(
+                adapter, config.benchmark, config.paths, directory.answers, report
+            )
     _count_on_probe(manifest, adapter, prepared.calibration, blocks)
     complete(manifest, blocks, config.method, config.bits)
     directory.write_json("manifest.json", manifest.to_dict())
     directory.write_table("samples", found.samples)
     tracker.table("samples", found.samples)
     clock.seconds["total"] = time.perf_counter() - started
-    accuracy = found.by_benchmark()
+    accuracy = _accuracies(found.by_benchmark())
     tracker.log({f"accuracy/{name}": row["value"] for name, row in accuracy.items()})
     return {
         "fingerprint": directory.fingerprint,
@@ -210,7 +213,7 @@ def _execute(
         },
         "question_ids": prepared.identity["question_ids"],
         "accuracy": accuracy,
-        "modality": found.by_modality(),
+        "modality": _accuracies(found.by_modality()),
         "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy),
         "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
@@ -340,6 +343,14 @@ def _count_on_probe(
 
 
 # ----------------------------------------------------------------------------- record
+
+
+def _accuracies(pooled: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``accuracy`` becomes ``value``, as in every row of a result."""
+    return {
+        name: {"value": row["accuracy"], **{k: v for k, v in row.items() if k != "accuracy"}}
+        for name, row in pooled.items()
+    }
 
 
 def _record_statistics(

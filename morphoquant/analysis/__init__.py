@@ -1,0 +1,1 @@
+"""Tables from run directories; what the command line, experiments and notebooks call."""

@@ -1,0 +1,180 @@
+"""The comparison table: accuracy beside the unquantized model's, in the same harness.
+
+Whatever differs between the rows, beyond what the methods are, becomes a footnote by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from morphoquant.errors import HarnessError
+from morphoquant.tracking.rundir import read_result
+
+SHARED = {
+    "scope": lambda run: run["scope"]["hash"],
+    "calibration samples": lambda run: run["calibration"]["ids_hash"],
+    "evaluation questions": lambda run: run["question_ids"],
+    "weight quantizer": lambda run: run["slots"]["weight"],
+    "model": lambda run: run["model"],
+}
+"""What rows of one table must have in common, or be told apart by a footnote."""
+
+
+def load_runs(directories: Sequence[Path], root: Path | None = None) -> list[dict[str, Any]]:
+    """Results of finished runs, each preceded by its unquantized reference.
+
+    Args:
+        directories: run directories.
+        root: where to look for references; default: beside each run.
+
+    Raises:
+        HarnessError: one of the directories holds no finished run.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    for directory in directories:
+        result = read_result(Path(directory))
+        if result is None:
+            raise HarnessError(f"{directory}: no finished run here (result.json is missing)")
+        wanted = result.get("reference")
+        if wanted and wanted not in runs:
+            beside = root if root is not None else Path(directory).parent
+            for candidate in beside.glob(f"*-{wanted[:10]}"):
+                reference = read_result(candidate)
+                if reference is not None:
+                    runs[wanted] = {**reference, "path": str(candidate)}
+        runs[result["fingerprint"]] = {**result, "path": str(directory)}
+    return sorted(runs.values(), key=lambda run: run["method"] != "fp16")
+
+
+def _benchmarks(runs: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run["accuracy"]))
+
+
+def comparison(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per run.
+
+    Columns: ``method``, ``scheme``; per benchmark its accuracy (percent) and ``Δ <benchmark>``,
+    the difference to the run's own reference in points; ``mean`` and ``Δ mean`` over benchmarks;
+    effective ``W bits`` and ``A bits``; ``empty`` and ``unparsed`` answers; seconds.
+    """
+    by_fingerprint = {run["fingerprint"]: run for run in runs}
+    rows = []
+    for run in runs:
+        reference = by_fingerprint.get(run.get("reference") or "")
+        row: dict[str, Any] = {"method": run["method"], "scheme": run["scheme"]}
+        for name in _benchmarks(runs):
+            found = run["accuracy"].get(name)
+            row[name] = found["value"] if found else math.nan
+            base = reference["accuracy"].get(name) if reference else None
+            row[f"Δ {name}"] = found["value"] - base["value"] if found and base else math.nan
+        row["mean"] = run["mean"]
+        row["Δ mean"] = run["mean"] - reference["mean"] if reference else math.nan
+        row["W bits"] = run["bits"]["weight"]
+        row["A bits"] = run["bits"]["activation"]
+        row["empty"] = sum(found["empty"] for found in run["accuracy"].values())
+        row["unparsed"] = sum(found["unparsed"] for found in run["accuracy"].values())
+        row["quantize s"] = run["seconds"]["quantize"]
+        row["evaluate s"] = run["seconds"]["evaluate"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader has to know: what differs between the rows, and how large the noise is."""
+    notes = []
+    for what, read in SHARED.items():
+        groups: dict[str, list[str]] = {}
+        for run in runs:
+            if what == "weight quantizer" and run["slots"]["weight"] == "none":
+                continue
+            groups.setdefault(read(run), []).append(f"{run['method']} {run['scheme']}")
+        if len(groups) > 1:
+            shown = "; ".join(
+                f"{value if what in ('weight quantizer', 'model') else f'set {i + 1}'}: "
+                f"{', '.join(dict.fromkeys(names))}"
+                for i, (value, names) in enumerate(groups.items())
+            )
+            notes.append(f"Not the same {what} in every row: {shown}.")
+    sizes = {name: run["accuracy"][name]["n"] for run in runs for name in run["accuracy"]}
+    smallest = min(sizes.values(), default=0)
+    if smallest:
+        worst = 100 * math.sqrt(0.25 / smallest)
+        counted = ", ".join(f"{name} {n}" for name, n in sizes.items())
+        notes.append(
+            f"Questions: {counted}. One binomial standard error is up to {worst:.1f} points at "
+            f"n = {smallest}: smaller differences mean nothing without a paired test."
+        )
+    unparsed = [run for run in runs if any(a["unparsed"] for a in run["accuracy"].values())]
+    if unparsed:
+        notes.append(
+            "Unparsed answers name no choice; the stock scoring of MMMU and AIR-Bench gives each "
+            "a random one (seeded), so a part of those scores is luck."
+        )
+    if any(run["model"].startswith("tiny_omni") for run in runs):
+        notes.append(
+            "The embedded model is for plumbing, regressions and the direction of effects: it "
+            "cannot rank good methods. Its outliers are engineered."
+        )
+    if any(run["method"] != "fp16" for run in runs):
+        notes.append("Simulated (fake) quantization: the seconds are not a speed of low precision.")
+    return notes
+
+
+def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Headers and formatted cells; a difference stands in its accuracy's cell."""
+    shown = [c for c in frame.columns if not c.startswith("Δ ")]
+    rows = []
+    for _, row in frame.iterrows():
+        cells = []
+        for column in shown:
+            value = row[column]
+            difference = row.get(f"Δ {column}")
+            if isinstance(value, str):
+                text = value
+            elif pd.isna(value):
+                text = "–"
+            elif column in ("empty", "unparsed"):
+                text = f"{int(value)}"
+            elif column.endswith("bits"):
+                text = f"{value:.2f}"
+            else:
+                text = f"{value:.1f}"
+                if difference is not None and not pd.isna(difference):
+                    text += f" ({difference:+.1f})"
+            cells.append(text)
+        rows.append(cells)
+    return shown, rows
+
+
+def to_markdown(frame: pd.DataFrame, notes: Sequence[str] = ()) -> str:
+    """The table in GitHub's markdown, with its footnotes."""
+    headers, rows = _cells(frame)
+    lines = ["| " + " | ".join(headers) + " |"]
+    lines.append("|" + "|".join(["---"] * 2 + ["---:"] * (len(headers) - 2)) + "|")
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines += [""] + [f"{i}. {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def print_rich(frame: pd.DataFrame, notes: Sequence[str] = ()) -> None:
+    """The table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 160))
+    headers, rows = _cells(frame)
+    shown = Table(title="Accuracy in percent (difference to fp16 in points)", title_justify="left")
+    for i, header in enumerate(headers):
+        shown.add_column(header, justify="left" if i < 2 else "right")
+    for cells in rows:
+        shown.add_row(*cells)
+    console.print(shown)
+    for i, note in enumerate(notes, 1):
+        console.print(f"{i}. {note}", highlight=False)
