@@ -90,8 +90,10 @@ def to_mp4(frames: NDArray[np.uint8]) -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # One thread: the bytes must not depend on the number of cores.
-        stream.options = {"crf": "10", "preset": "veryfast", "threads": "1"}
+        # One thread and a constant quantizer: with x264's look-ahead rate control the bytes of
+        # some clips differ from one call to the next, and the same seed must give the same file.
+        stream.codec_context.thread_count = 1
+        stream.options = {"qp": "10", "preset": "veryfast"}
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             for packet in stream.encode(picture):
