@@ -190,7 +190,7 @@ def _execute(
     directory.write_table("samples", found.samples)
     tracker.table("samples", found.samples)
     clock.seconds["total"] = time.perf_counter() - started
-    accuracy = _accuracies(found.by_benchmark())
+    accuracy = found.by_benchmark()
     tracker.log({f"accuracy/{name}": row["value"] for name, row in accuracy.items()})
     return {
         "fingerprint": directory.fingerprint,
@@ -213,7 +213,7 @@ def _execute(
         },
         "question_ids": prepared.identity["question_ids"],
         "accuracy": accuracy,
-        "modality": _accuracies(found.by_modality()),
+        "modality": found.by_modality(),
         "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy),
         "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
@@ -343,14 +343,6 @@ def _count_on_probe(
 
 
 # ----------------------------------------------------------------------------- record
-
-
-def _accuracies(pooled: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``accuracy`` becomes ``value``, as in every row of a result."""
-    return {
-        name: {"value": row["accuracy"], **{k: v for k, v in row.items() if k != "accuracy"}}
-        for name, row in pooled.items()
-    }
 
 
 def _record_statistics(

@@ -168,7 +168,7 @@ def print_rich(frame: pd.DataFrame, notes: Sequence[str] = ()) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, 160))
+        console = Console(width=max(console.width, 190))
     headers, rows = _cells(frame)
     shown = Table(title="Accuracy in percent (difference to fp16 in points)", title_justify="left")
     for i, header in enumerate(headers):

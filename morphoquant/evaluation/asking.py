@@ -7,14 +7,16 @@ batch of media, and batches are made of questions of the same kind and about the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
+from morphoquant.errors import HarnessError
 from morphoquant.evaluation.answers import Answer, AnswerStore
 from morphoquant.evaluation.data import doc_name
 from morphoquant.evaluation.errors import DataError
@@ -22,11 +24,21 @@ from morphoquant.evaluation.protocol import Generator, Progress
 from morphoquant.evaluation.tasks import Task
 from morphoquant.models.messages import Conversation
 
-Request: TypeAlias = Callable[[], tuple[int, Any, Callable[[Any], Any], dict[str, Any]]]
-"""Gives (doc_id, row, the task's doc_to_messages, generation settings), reading the row anew."""
-
 MEDIA = ("image", "video", "audio")
 HEAD = 1 << 20  # bytes of a video file that enter its hash
+
+
+@dataclass(frozen=True)
+class Request:
+    """What lmms-eval asks for: a question by its number, read anew whenever it is needed."""
+
+    doc_id: int
+    read: Callable[[], Any]
+    """Gives the row, media decoded."""
+    to_messages: Callable[[Any], Any]
+    """The task's ``doc_to_messages``."""
+    settings: dict[str, Any]
+    """The task's generation settings."""
 
 
 @dataclass(frozen=True)
@@ -97,21 +109,23 @@ def describe(task: Task, request: Request) -> Question:
     anything else is never taken for an answer to this.
 
     Raises:
-        DataError: the stock code cannot build the prompt.
+        DataError: the row or its media cannot be read, or the stock code cannot build a prompt.
     """
-    doc_id, doc, doc_to_messages, settings = request()
-    messages = _messages(task, doc_id, doc, doc_to_messages)
-    until = tuple(settings.get("until") or ())
-    if "max_new_tokens" not in settings:
+    until = tuple(request.settings.get("until") or ())
+    if "max_new_tokens" not in request.settings:
         raise DataError(f"task {task.name}: {task.stock} sets no max_new_tokens")
-    limit = int(settings["max_new_tokens"])
+    limit = int(request.settings["max_new_tokens"])
     digest = hashlib.sha256(json.dumps([limit, until]).encode())
     kinds, size = [], 0.0
-    for message in messages:
-        for part in message["content"]:
+    with _naming(task, request):
+        doc = request.read()
+        messages = request.to_messages(doc)
+        name = doc_name(task, doc)
+        pieces = [(message["role"], part) for message in messages for part in message["content"]]
+        for role, part in pieces:
             kind = part["type"]
             value = part["text"] if kind == "text" else part["url"]
-            digest.update(f"\0{message['role']} {kind}\0".encode())
+            digest.update(f"\0{role} {kind}\0".encode())
             if kind == "text":
                 digest.update(value.encode(errors="surrogatepass"))
             else:
@@ -120,15 +134,20 @@ def describe(task: Task, request: Request) -> Question:
                     digest.update(piece)
             size += _rough_tokens(kind, value)
     modality = "+".join(kind for kind in MEDIA if kind in kinds) or "text"
-    name = doc_name(task, doc)
-    return Question(doc_id, name, modality, digest.hexdigest(), limit, until, size)
+    return Question(request.doc_id, name, modality, digest.hexdigest(), limit, until, size)
 
 
-def _messages(task: Task, doc_id: int, doc: Any, doc_to_messages: Callable[[Any], Any]) -> Any:
+@contextlib.contextmanager
+def _naming(task: Task, request: Request) -> Iterator[None]:
+    """Say which question it was when its row or its media cannot be read."""
     try:
-        return doc_to_messages(doc)
-    except SystemExit as error:  # the stock Video-MME code, for a missing clip
-        raise DataError(f"task {task.name}, question {doc_id}: {error.code}") from error
+        yield
+    except HarnessError:
+        raise
+    except (OSError, ValueError, SystemExit) as error:
+        # SystemExit: the stock Video-MME code, for a missing clip. The others: a picture or sound
+        # that does not decode.
+        raise DataError(f"task {task.name}, question {request.doc_id}: {error}") from error
 
 
 def cut(text: str, until: Sequence[str]) -> str:
@@ -201,8 +220,8 @@ class Asker:
     def _answer(self, requests: Sequence[Request], questions: Sequence[Question]) -> None:
         conversations: list[Conversation] = []
         for request in requests:
-            doc_id, doc, doc_to_messages, _ = request()
-            conversations.append(conversation(_messages(self.task, doc_id, doc, doc_to_messages)))
+            with _naming(self.task, request):
+                conversations.append(conversation(request.to_messages(request.read())))
         start = time.perf_counter()
         generations = self.generator.generate(conversations, questions[0].max_new_tokens)
         seconds = (time.perf_counter() - start) / len(questions)

@@ -20,7 +20,7 @@ from typing import Any
 
 from morphoquant.compat import prepare_torchvision
 from morphoquant.evaluation import tasks as registry
-from morphoquant.evaluation.asking import Asker
+from morphoquant.evaluation.asking import Asker, Request
 from morphoquant.evaluation.data import LocalData, hub_failure, open_local
 from morphoquant.evaluation.errors import DataError, ScoringError
 from morphoquant.evaluation.tasks import Task
@@ -183,11 +183,12 @@ class HarnessModel(lmms):  # type: ignore[misc]  # lmms-eval ships no types
         return "morphoquant"
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
-        def question(request: Any) -> tuple[int, Any, Callable[[Any], Any], dict[str, Any]]:
-            _, doc_to_messages, gen_kwargs, doc_id, task, split = request.args
-            return doc_id, self.task_dict[task][split][doc_id], doc_to_messages, gen_kwargs
+        def request(instance: Any) -> Request:
+            _, doc_to_messages, settings, doc_id, task, split = instance.args
+            rows = self.task_dict[task][split]
+            return Request(doc_id, lambda: rows[doc_id], doc_to_messages, settings)
 
-        answers = self.asker.ask([functools.partial(question, request) for request in requests])
+        answers = self.asker.ask([request(instance) for instance in requests])
         return [
             GenerationResult(text, TokenCounts(answer.input_tokens, answer.output_tokens))
             for text, answer in answers
