@@ -144,10 +144,11 @@ def _naming(task: Task, request: Request) -> Iterator[None]:
         yield
     except HarnessError:
         raise
-    except (OSError, ValueError, SystemExit) as error:
+    except (OSError, ValueError, EOFError, LookupError, SystemExit) as error:
         # SystemExit: the stock Video-MME code, for a missing clip. The others: a picture or sound
-        # that does not decode.
-        raise DataError(f"task {task.name}, question {request.doc_id}: {error}") from error
+        # that does not decode, or a row that check() would have refused.
+        kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+        raise DataError(f"task {task.name}, question {request.doc_id}: {kind}{error}") from error
 
 
 def cut(text: str, until: Sequence[str]) -> str:

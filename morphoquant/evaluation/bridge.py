@@ -6,6 +6,7 @@ Importing this module imports lmms-eval (6–7 s, once per process).
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -22,7 +23,7 @@ from morphoquant.compat import prepare_torchvision
 from morphoquant.evaluation import tasks as registry
 from morphoquant.evaluation.asking import Asker, Request
 from morphoquant.evaluation.data import LocalData, hub_failure, open_local
-from morphoquant.evaluation.errors import DataError, ScoringError
+from morphoquant.evaluation.errors import DataError, ScoringError, StorageError
 from morphoquant.evaluation.tasks import Task
 
 prepare_torchvision()
@@ -257,6 +258,7 @@ def run_task(
     Raises:
         DataError: the data cannot be loaded.
         ScoringError: the stock scoring failed on an answer.
+        StorageError: no space left for answers or for what the stock code writes.
     """
     with tempfile.TemporaryDirectory(prefix="morphoquant-") as name, _random_states():
         scratch = Path(name)
@@ -283,6 +285,13 @@ def run_task(
                 raise ScoringError(
                     f"task {task.name}: the stock scoring failed ({type(cause).__name__}: {cause})"
                 ) from cause
+            except OSError as error:  # AIR-Bench's submission file goes through the scratch folder
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise StorageError(
+                        f"task {task.name}: no space left ({error}); all answers are kept. Free "
+                        f"some, or set TMPDIR elsewhere, and run the same command again"
+                    ) from error
+                raise
         samples = sorted(output["samples"][task.name], key=lambda sample: sample["doc_id"])
         score = stock.config.process_results
         for sample in samples:

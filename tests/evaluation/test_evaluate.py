@@ -179,6 +179,22 @@ def test_a_clip_lost_during_the_run_is_a_data_error(
         evaluate(always("A"), config(where, "mini_videomme"), paths, tmp_path / "answers")
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("air_bench_sound", {"audio": {"bytes": b"RIFF and nothing more", "path": None}}),
+        ("air_bench_sound", {"audio": {"bytes": None, "path": "not/there.wav"}}),
+        ("scienceqa", {"image": {"bytes": b"no picture", "path": None}}),
+    ],
+)
+def test_media_that_do_not_decode_are_named(
+    edited: Edited, paths: PathsConfig, tmp_path: Path, name: str, values: dict[str, Any]
+) -> None:
+    where = edited(name, lambda row: row.update(values), row=3)
+    with pytest.raises(DataError, match=f"mini_{name}, question 3"):
+        evaluate(always("A"), config(where, f"mini_{name}"), paths, tmp_path / "answers")
+
+
 def test_data_that_cannot_be_loaded(tmp_path: Path, paths: PathsConfig) -> None:
     with pytest.raises(DataError, match=r"no folder .*mmmu"):
         evaluate(always("A"), config(tmp_path, "mmmu_val"), paths, tmp_path / "answers")
