@@ -103,7 +103,7 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_unknown_order_is_refused_and_blocks_are_offered() -> None:
-    with pytest.raises(ValueError, match="3420.*block_diagonal=True"):
+    with pytest.raises(ValueError, match=r"3420.*block_diagonal=True"):
         HadamardTransform(3420)
     with pytest.raises(ValueError, match="positive order"):
         factor(0)
