@@ -68,9 +68,11 @@ def safetensors_size(path: Path) -> int:
         body = file.read(length) if length < 100_000_000 else b""
     try:
         header = json.loads(body)
-    except ValueError as error:
-        raise ModelError(f"{path}: not a readable safetensors header ({error})") from error
-    ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"{path}: not a readable safetensors header ({error}); download or copy it again"
+        ) from error
     return 8 + length + max(ends, default=0)
 
 
@@ -78,11 +80,16 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, by its index where it has one.
 
     Raises:
-        ModelError: none there, one missing, or only pickled weights.
+        ModelError: none there, one missing, a damaged index, or only pickled weights.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise ModelError(
+                f"{index}: not a readable index of weights ({error}); download or copy it again"
+            ) from error
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise ModelError(f"{folder}: the index names {missing[0]}, which is not there")
@@ -111,8 +118,8 @@ def check(config: ModelConfig) -> Path | None:
         raise ModelError(f"{folder}: no config.json in this model folder")
     try:
         kind = json.loads(described.read_text()).get("model_type")
-    except ValueError as error:
-        raise ModelError(f"{described}: not valid JSON ({error})") from error
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{described}: not a JSON object ({error})") from error
     if kind not in SUPPORTED_TYPES:
         raise ModelError(
             f"{described}: model_type is {kind!r}; model.family={config.family} reads "
