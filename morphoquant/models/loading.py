@@ -135,13 +135,21 @@ def check(config: ModelConfig) -> Path | None:
     return folder
 
 
+def _is_read(name: str) -> bool:
+    if name.endswith((".safetensors", ".jinja")) or name == "merges.txt":
+        return True
+    parts = ("config", "tokenizer", "processor", "vocab", "template", "tokens", "index")
+    return name.endswith(".json") and any(part in name for part in parts)
+
+
 def model_hash(config: ModelConfig) -> str:
     """Identity of the weights: sha256 over the files of a local checkpoint, or the hub revision."""
     folder = resolve(config)
     if folder is None:
         return f"hub:{config.path}@{config.revision or 'main'}"
     digest = hashlib.sha256()
-    relevant = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+    # Only what loading reads: a model card or a log beside the weights changes nothing.
+    relevant = sorted(p for p in folder.iterdir() if p.is_file() and _is_read(p.name))
     for path in relevant:
         digest.update(path.name.encode())
         with path.open("rb") as file:
