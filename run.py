@@ -27,7 +27,6 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
-    from morphoquant.tracking.sweep import exit_code
+    from morphoquant.tracking.sweep import entry
 
-    sys.exit(exit_code())
+    sys.exit(entry(main))

@@ -5,6 +5,7 @@ Whatever differs between the rows, beyond what the methods are, becomes a footno
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from morphoquant.errors import HarnessError
-from morphoquant.tracking.rundir import read_result
+from morphoquant.tracking.rundir import IDENTITY, read_result
 
 SHARED = {
     "scope": lambda run: run["scope"]["hash"],
@@ -55,6 +56,57 @@ def _benchmarks(runs: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run["accuracy"]))
 
 
+def row_labels(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Fingerprint -> the method's name, and where one method has several rows, what differs.
+
+    A sweep over ``method.activation.range.p`` is several rows called morphoquant otherwise. The
+    difference is read from the run directories' configs.
+    """
+    labels = {}
+    for run in runs:
+        alike = [r for r in runs if (r["method"], r["scheme"]) == (run["method"], run["scheme"])]
+        configs = [_flat_config(r) for r in alike]
+        own = _flat_config(run)
+        differing = [
+            key
+            for key in dict.fromkeys(k for config in configs for k in config)
+            if any(config.get(key) != own.get(key) for config in configs)
+        ]
+        # A choice's name says it, where the choice differs: its other fields follow from it.
+        named = [key for key in differing if key.endswith(".name")]
+        told = [
+            key
+            for key in differing
+            if key in named or not any(key.startswith(n.removesuffix("name")) for n in named)
+        ]
+        parts = [f"{_short(key)}={own.get(key)}" for key in told]
+        labels[run["fingerprint"]] = " ".join([run["method"], *parts])
+    return labels
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("method.").removesuffix(".name").removeprefix("activation.")
+
+
+def _flat_config(run: dict[str, Any]) -> dict[str, Any]:
+    """``a.b.c`` -> value, of the config in the run's directory; empty without one."""
+    try:
+        identity = json.loads((Path(run["path"]) / IDENTITY).read_text())
+    except (KeyError, OSError, ValueError):
+        return {}
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", identity.get("config", {}))
+    return flat
+
+
 def comparison(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per run.
 
@@ -63,10 +115,11 @@ def comparison(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
     effective ``W bits`` and ``A bits``; ``empty`` and ``unparsed`` answers; seconds.
     """
     by_fingerprint = {run["fingerprint"]: run for run in runs}
+    labels = row_labels(runs)
     rows = []
     for run in runs:
         reference = by_fingerprint.get(run.get("reference") or "")
-        row: dict[str, Any] = {"method": run["method"], "scheme": run["scheme"]}
+        row: dict[str, Any] = {"method": labels[run["fingerprint"]], "scheme": run["scheme"]}
         for name in _benchmarks(runs):
             found = run["accuracy"].get(name)
             row[name] = found["value"] if found else math.nan
@@ -86,18 +139,19 @@ def comparison(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader has to know: what differs between the rows, and how large the noise is."""
-    notes = []
+    notes, labels = [], row_labels(runs)
     for what, read in SHARED.items():
         groups: dict[str, list[str]] = {}
         for run in runs:
             if what == "weight quantizer" and run["slots"]["weight"] == "none":
                 continue
-            groups.setdefault(read(run), []).append(f"{run['method']} {run['scheme']}")
+            row = f"{labels[run['fingerprint']]} {run['scheme']}"
+            groups.setdefault(read(run), []).append(row)
         if len(groups) > 1:
+            spelt = what in ("weight quantizer", "model")
             shown = "; ".join(
-                f"{value if what in ('weight quantizer', 'model') else f'set {i + 1}'}: "
-                f"{', '.join(dict.fromkeys(names))}"
-                for i, (value, names) in enumerate(groups.items())
+                f"{value if spelt else f'set {i}'}: {', '.join(dict.fromkeys(names))}"
+                for i, (value, names) in enumerate(groups.items(), 1)
             )
             notes.append(f"Not the same {what} in every row: {shown}.")
     sizes = {name: run["accuracy"][name]["n"] for run in runs for name in run["accuracy"]}
@@ -116,13 +170,28 @@ def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
             "a random one (seeded), so a part of those scores is luck."
         )
     if any(run["model"].startswith("tiny_omni") for run in runs):
+        engineered = any(run["model"] == "tiny_omni" for run in runs)
         notes.append(
             "The embedded model is for plumbing, regressions and the direction of effects: it "
-            "cannot rank good methods. Its outliers are engineered."
+            "cannot rank good methods." + (" Its outliers are engineered." if engineered else "")
         )
     if any(run["method"] != "fp16" for run in runs):
         notes.append("Simulated (fake) quantization: the seconds are not a speed of low precision.")
     return notes
+
+
+def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, str]]) -> pd.DataFrame:
+    """The table with a row for every job of a sweep that failed (no numbers)."""
+    rows = [
+        {"method": note.get("method", note["overrides"]), "scheme": note.get("scheme", "failed")}
+        for note in failed
+    ]
+    return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True) if rows else frame
+
+
+def failure_notes(failed: Sequence[dict[str, str]]) -> list[str]:
+    """Why each failed job failed."""
+    return [f"Failed: {note['overrides']}: {note['error']}" for note in failed]
 
 
 def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -36,6 +37,46 @@ def explain(error: ValidationError, raw: Mapping[str, Any]) -> str:
     from morphoquant.config.schema import RunConfig
 
     return "\n".join(_line(dict(problem), RunConfig) for problem in error.errors())
+
+
+def explain_hydra(error: BaseException) -> str:
+    """Hydra's complaint about an override, with what is allowed in its place.
+
+    Hydra's own texts go on about search paths and structs; what a user needs is the list.
+    """
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        options = list(error.options or ())
+        if not group or not options:
+            return str(error).splitlines()[0]
+        hint = did_you_mean(choice, options)
+        return f"{group}={choice}: no such choice.{hint} Allowed for {group}: {', '.join(options)}."
+    text = str(error)
+    found = re.match(r"Could not override '([^']+)'", text)
+    if found:
+        return _unknown(found.group(1))
+    if found := re.match(r"Key '[^']+' is not in struct\s+full_key: (\S+)", text):
+        return _unknown(found.group(1))
+    lines = [line for line in text.splitlines() if line and not line.startswith("See https")]
+    return "\n".join(lines)
+
+
+def _unknown(path: str) -> str:
+    """A field, or a group, that does not exist."""
+    from morphoquant.config.schema import RunConfig
+
+    parts = path.split("@")[0].replace("/", ".").split(".")
+    for depth, part in enumerate(parts):
+        known = _fields(parts[:depth], RunConfig)
+        if depth == 0:
+            known = [*known, "limit", "experiment"]
+        if known and part not in known:
+            below = ".".join(parts[:depth])
+            where = f"Known in {below}" if below else "Known"
+            return f"{path}: no such field.{did_you_mean(part, known)} {where}: {', '.join(known)}."
+    return f"{path}: cannot be overridden like this; see `python run.py --help`."
 
 
 def _line(problem: dict[str, Any], root: type[BaseModel]) -> str:

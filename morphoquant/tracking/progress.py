@@ -11,6 +11,20 @@ LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 QUIET = 3.0  # seconds that go by before the first line: short work says nothing
 
 
+def speed(rate: float) -> str:
+    """``3.2/s``, or ``41.0 s each`` where that is the number above one."""
+    return f"{rate:.1f}/s" if rate >= 1 or rate <= 0 else f"{1 / rate:.1f} s each"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
 class _Lines:
     """Progress for logs: at most a line every few seconds."""
 
@@ -30,7 +44,7 @@ class _Lines:
             share = 100 * self.done / max(self.total, 1)
             print(
                 f"{self.title}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
-                f"{rate:.1f}/s, {left:.0f} s left",
+                f"{speed(rate)}, {duration(left)} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -68,8 +82,8 @@ def progress(title: str, total: int, unit: str = "steps") -> Iterator[Callable[[
 
         def step(count: int) -> None:
             bar.advance(task, count)
-            speed = bar.tasks[0].speed
-            bar.update(task, rate=f"{speed:.1f}/s" if speed else "")
+            rate = bar.tasks[0].speed
+            bar.update(task, rate=speed(rate) if rate else "")
 
         yield step
 

@@ -3,7 +3,8 @@
 ::
 
     <runs>/<name>-<fingerprint>/
-        identity.json     what makes this run this run
+        config.yaml       the configuration, every field
+    identity.json     what makes this run this run
         answers/          <task>.jsonl, one line per answered question, as they come
         manifest.json     every linear in scope: what was done to it, how often it ran
         samples.parquet   every question with its answer and verdict
@@ -24,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from morphoquant.errors import HarnessError
 from morphoquant.tracking.fingerprint import fingerprint
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESULT = "result.json"
+RESULT, IDENTITY = "result.json", "identity.json"
 NAME_DIGITS = 10  # of the fingerprint, in the directory's name
 
 
@@ -101,8 +104,9 @@ class RunDirectory:
         directory = cls(path, identity)
         with _storing(path):
             path.mkdir(parents=True, exist_ok=True)
-        if not (path / "identity.json").is_file():
-            directory.write_json("identity.json", identity)
+        if not (path / IDENTITY).is_file():
+            directory.write_text("config.yaml", OmegaConf.to_yaml(identity.get("config", {})))
+            directory.write_json(IDENTITY, identity)
         return directory
 
     @property
@@ -146,9 +150,11 @@ class RunDirectory:
 
     # ------------------------------------------------------------------- writing
 
-    def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
+    def write_text(self, name: str, text: str) -> None:
         write_atomic(self.path / name, lambda path: _write_text(path, text))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """A table as ``<name>.parquet``."""
@@ -162,4 +168,4 @@ class RunDirectory:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")

@@ -10,44 +10,69 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from morphoquant.config import ConfigError, load
+from morphoquant.config.messages import explain_hydra
 from morphoquant.config.schema import RunConfig
 from morphoquant.errors import HarnessError
 
 log = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
+FULL_ERROR = "HYDRA_FULL_ERROR"
+JOBS = "jobs"  # folder of a sweep: one note per job
+
 _failures: list[int] = []
+_full_error = os.environ.get(FULL_ERROR) == "1"
 
 
-def exit_code() -> int:
-    """Of the process: 0 where every job came through."""
+def entry(main: Callable[[], Any]) -> int:
+    """Call the Hydra main function; returns the exit code of the process.
+
+    0: every job came through; 1: a run failed; 2: the configuration was refused.
+    """
+    before = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        complain(error, "This configuration cannot run:")
+        return EXIT_CONFIG
+    finally:
+        if before is None:
+            os.environ.pop(FULL_ERROR, None)
     return max(_failures, default=0)
 
 
 def complain(error: BaseException, title: str) -> None:
-    """Say what went wrong in plain lines; the traceback only where Hydra's is asked for."""
-    colour = sys.stderr.isatty()
-    head = f"\033[31m{title}\033[0m" if colour else title
-    print(f"{head}\n{error}", file=sys.stderr, flush=True)
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
+    """Say what went wrong in plain lines; with HYDRA_FULL_ERROR=1 the traceback too."""
+    if _full_error or not isinstance(error, HarnessError | HydraException | OmegaConfBaseException):
+        traceback.print_exception(error)
+    text = str(error) if isinstance(error, HarnessError) else explain_hydra(error)
+    head = f"\033[31m{title}\033[0m" if sys.stderr.isatty() else title
+    print(f"{head}\n{text}", file=sys.stderr, flush=True)
 
 
 def run_job(cfg: DictConfig) -> float | None:
     """Run one composed config; returns the mean accuracy, for sweepers that optimise."""
     hydra = HydraConfig.get()
-    sweep = None
-    if hydra.mode.name == "MULTIRUN":
-        sweep = Path(hydra.sweep.dir)
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    # Unresolved: an override may hold an interpolation that does not exist.
+    overrides = " ".join(map(str, OmegaConf.to_container(hydra.overrides.task, resolve=False)))
+    config = None
     try:
         config = load(cfg)
         if sweep is not None and config.tracker.group is None:
@@ -56,27 +81,34 @@ def run_job(cfg: DictConfig) -> float | None:
         from morphoquant import pipeline
 
         result = pipeline.run(config)
-    except HarnessError as error:
-        is_config = isinstance(error, ConfigError)
-        _failures.append(EXIT_CONFIG if is_config else EXIT_FAILED)
-        overrides = " ".join(hydra.overrides.task)
+    except Exception as error:
+        # An unexpected error ends a single run with its traceback. In a sweep the other jobs go
+        # on (and may well come through: this one may simply have been too large).
+        if sweep is None and not isinstance(error, HarnessError):
+            raise
+        refused = isinstance(error, ConfigError)
+        _failures.append(EXIT_CONFIG if refused else EXIT_FAILED)
+        complain(error, "This configuration cannot run:" if refused else f"Failed: {overrides}")
         if sweep is not None:
-            _leave(sweep, int(hydra.job.num), {"overrides": overrides, "error": str(error)})
-        complain(error, "This configuration cannot run:" if is_config else f"Failed: {overrides}")
+            reason = str(error) if isinstance(error, HarnessError) else repr(error)
+            note = {"overrides": overrides, "error": reason}
+            if config is not None:
+                note |= {"method": config.method.name, "scheme": config.bits.scheme}
+            _leave(sweep, int(hydra.job.num), note)
         return None
     directory = str(pipeline.run_path(config, result))
-    if sweep is not None:
-        _leave(sweep, int(hydra.job.num), {"run": directory})
+    if sweep is None:
+        _show([directory], config)
     else:
-        _show([directory], config, None)
+        _leave(sweep, int(hydra.job.num), {"overrides": overrides, "run": directory})
     return float(result["mean"])
 
 
 def _leave(sweep: Path, number: int, note: dict[str, str]) -> None:
-    """A pointer from the sweep to the run of one job."""
+    """A pointer from the sweep to the run of one job, or the reason why there is none."""
     from morphoquant.tracking.rundir import write_atomic
 
-    path = sweep / "jobs" / f"{number:04d}.json"
+    path = sweep / JOBS / f"{number:04d}.json"
     write_atomic(path, lambda target: _write(target, json.dumps(note)))
 
 
@@ -84,15 +116,21 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _show(directories: list[str], config: RunConfig, sweep: Path | None) -> None:
+def _show(
+    directories: list[str],
+    config: RunConfig,
+    sweep: Path | None = None,
+    failed: list[dict[str, str]] | None = None,
+) -> None:
     """Print the comparison of some runs (with their references), and keep it in the sweep."""
     from morphoquant.analysis import table
 
     runs = table.load_runs([Path(d) for d in directories], Path(config.paths.runs))
-    frame = table.comparison(runs)
-    notes = table.footnotes(runs)
+    frame = table.with_failures(table.comparison(runs), failed or [])
+    notes = table.footnotes(runs) + table.failure_notes(failed or [])
     table.print_rich(frame, notes)
     if sweep is None:
+        print(f"Run: {directories[0]}")
         return
     from morphoquant.tracking.rundir import write_atomic
 
@@ -101,63 +139,72 @@ def _show(directories: list[str], config: RunConfig, sweep: Path | None) -> None
     print(f"Table: {sweep / 'table.md'} and table.csv")
     from morphoquant.tracking.wandb_mirror import open_tracker
 
-    tracker = open_tracker(config.tracker, {}, f"sweep-{sweep.name}", sweep.name, sweep)
+    group = config.tracker.group or sweep.name
+    tracker = open_tracker(config.tracker, {}, f"sweep-{sweep.name}", group, sweep)
     tracker.table("comparison", frame)
     tracker.finish()
 
 
 class SweepCallback(Callback):
-    """Hydra calls this around a sweep (``hydra.callbacks`` in ``conf/config.yaml``)."""
+    """Hydra calls this around a sweep (``hydra.callbacks`` in ``conf/config.yaml``).
+
+    Hydra turns an exception of a callback into a warning; ``SystemExit`` it lets through.
+    """
+
+    def __init__(self) -> None:
+        self._config: RunConfig | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse the whole sweep where one of its jobs is not valid."""
+        shutil.rmtree(Path(config.hydra.sweep.dir) / JOBS, ignore_errors=True)  # of a former sweep
         try:
-            for job in _jobs(config):
-                load(job)
-        except ConfigError as error:
-            complain(error, "This sweep cannot run:")
+            for overrides in _jobs(config):
+                try:
+                    loaded = load(_compose(config, overrides))
+                except ConfigError as error:
+                    raise ConfigError(f"{error}\n(in the job {' '.join(overrides)})") from None
+                self._config = self._config or loaded
+        except (HarnessError, HydraException, OmegaConfBaseException) as error:
+            complain(error, "This sweep cannot run; no job was started:")
             sys.exit(EXIT_CONFIG)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """The table of everything that came through, and what did not."""
+        """The table of everything that came through, and of what did not and why."""
         sweep = Path(config.hydra.sweep.dir)
-        notes = [json.loads(p.read_text()) for p in sorted((sweep / "jobs").glob("*.json"))]
+        notes = [json.loads(p.read_text()) for p in sorted((sweep / JOBS).glob("*.json"))]
         found = list(dict.fromkeys(note["run"] for note in notes if "run" in note))
         failed = [note for note in notes if "error" in note]
-        if found:
-            _show(found, load(config), sweep)
+        if failed:  # known here even where the jobs ran in other processes
+            _failures.append(EXIT_FAILED)
+        try:
+            if found:
+                _show(found, self._config or load(config), sweep, failed)
+        except HarnessError as error:
+            _failures.append(EXIT_FAILED)
+            complain(error, "The table could not be made:")
         for note in failed:
             print(f"failed: {note['overrides']}: {note['error']}", file=sys.stderr)
 
 
-def _jobs(config: DictConfig) -> list[DictConfig]:
-    """Every job of a sweep, composed: the product of its overrides, as Hydra's sweeper makes it."""
-    from itertools import product
+def _jobs(config: DictConfig) -> list[list[str]]:
+    """The overrides of every job, as Hydra's basic sweeper makes them.
 
+    Empty for a sweeper that chooses values as it goes: those are validated job by job.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.types import RunMode
 
-    sweeper = config.hydra.sweeper
-    given = list(config.hydra.overrides.task)
-    params = sweeper.get("params") or {}
-    given = [f"{key}={value}" for key, value in params.items()] + given
-    loader = GlobalHydra.instance().config_loader()
-    parser = OverridesParser.create(config_loader=loader)
-    choices: list[list[str]] = []
-    for override in parser.parse_overrides(given):
-        if override.is_sweep_override() and override.is_discrete_sweep():
-            key = override.get_key_element()
-            choices.append([f"{key}={v}" for v in override.sweep_string_iterator()])
-        else:
-            choices.append([override.input_line or ""])
-    jobs = []
-    for combination in product(*choices):
-        jobs.append(
-            loader.load_configuration(
-                config_name=config.hydra.job.config_name,
-                overrides=list(combination),
-                run_mode=RunMode.RUN,
-            )
-        )
-    return jobs
+    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return []
+    params = config.hydra.sweeper.get("params") or {}
+    given = [f"{key}={value}" for key, value in params.items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    overrides = parser.parse_overrides([*given, *config.hydra.overrides.task])
+    return [list(job) for job in BasicSweeper.split_arguments(overrides, None)[0]]
+
+
+def _compose(config: DictConfig, overrides: list[str]) -> DictConfig:
+    from hydra.core.global_hydra import GlobalHydra
+
+    return GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
