@@ -1,0 +1,173 @@
+"""Real runs of the embedded model through the whole pipeline, in one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+from morphoquant import pipeline
+from morphoquant.calibration.samples import CalibrationError
+from morphoquant.config import RunConfig, load
+from morphoquant.config.store import register
+from morphoquant.errors import HarnessError
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@pytest.fixture(scope="module")
+def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    """Compose a config as the command line does, into folders shared by this module's tests."""
+    root = tmp_path_factory.mktemp("runs")
+    register()
+
+    def make(*overrides: str) -> RunConfig:
+        fixed = [
+            f"paths.runs={root / 'runs'}",
+            f"paths.cache={root / 'cache'}",
+            "tracker=none",
+            "calibration.samples=40",
+            "calibration.search_samples=10",
+        ]
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            return load(compose("config", overrides=[*fixed, *overrides]))
+
+    return make
+
+
+def samples(config: RunConfig, result: dict[str, Any]) -> pd.DataFrame:
+    """Answers and verdicts of a finished run."""
+    return pd.read_parquet(pipeline.run_path(config, result) / "samples.parquet")
+
+
+def test_rotation_alone_gives_the_same_answers(configure: Callable[..., RunConfig]) -> None:
+    plain = configure("method=fp16", "limit=12")
+    turned = configure("method=quarot", "bits=w16a16", "limit=12")
+    first, second = pipeline.run(plain), pipeline.run(turned)
+    assert second["transform_drift"] <= 1e-4
+    assert first["transform_drift"] is None
+    a, b = samples(plain, first), samples(turned, second)
+    pd.testing.assert_series_equal(a["answer"], b["answer"])
+    assert set(a["modality"]) == {"text", "image", "video", "audio"}
+
+
+@pytest.mark.parametrize("method", ["rtn", "morphoquant"])
+def test_batch_size_does_not_change_an_answer(
+    configure: Callable[..., RunConfig], method: str
+) -> None:
+    one = configure(f"method={method}", "limit=12", "benchmark.batch_size=1", "reference=false")
+    eight = configure(f"method={method}", "limit=12", "benchmark.batch_size=8", "reference=false")
+    a, b = samples(one, pipeline.run(one)), samples(eight, pipeline.run(eight))
+    pd.testing.assert_series_equal(a["answer"], b["answer"])
+
+
+def test_same_run_twice_gives_the_same_numbers_and_leaves_a_whole_record(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = configure("method=morphoquant", "limit=12")
+    first = pipeline.run(config)
+    again = config.model_copy(
+        update={"paths": config.paths.model_copy(update={"runs": str(tmp_path)})}
+    )
+    second = pipeline.run(again)
+    assert first["fingerprint"] == second["fingerprint"]
+    for key in ("accuracy", "modality", "bits", "logits", "statistics", "reference"):
+        assert first[key] == second[key], key
+
+    directory = pipeline.run_path(again, second)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert len(manifest["linears"]) == 28  # four blocks of seven
+    for linear in manifest["linears"]:
+        assert linear["weight"]["format"] == "nf4"
+        assert linear["activation"]["bits"] == 4
+        assert linear["calls"] > 0
+        assert linear["tokens"] > 0
+    assert 4.0 < second["bits"]["weight"] < 4.2
+    outliers = pd.read_parquet(directory / "outliers.parquet")
+    assert set(outliers["modality"]) == {"text", "image", "video", "audio", "all"}
+    assert outliers.groupby(["layer", "group"]).ngroups == 16
+    overlap = pd.read_parquet(directory / "overlap.parquet")
+    assert len(overlap) == 16 * 6  # every pair of four modalities
+    for name in ("identity.json", "result.json", "channels.parquet", "samples.parquet"):
+        assert (directory / name).is_file()
+
+
+def test_finished_run_is_looked_up_and_not_repeated(
+    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("method=rtn", "limit=4", "benchmark=mini_scienceqa")
+    first = pipeline.run(config)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a finished run was executed again")
+
+    monkeypatch.setattr(pipeline, "_execute", refuse)
+    assert pipeline.run(config) == first
+
+
+def test_parts_can_be_switched_off(configure: Callable[..., RunConfig]) -> None:
+    common = ("method=morphoquant", "limit=4", "benchmark=mini_scienceqa", "reference=false")
+    whole = pipeline.run(configure(*common))
+    bare = pipeline.run(configure(*common, "method/compensation=none"))
+    still = pipeline.run(configure(*common, "method.activation.range.search=false"))
+    assert bare["bits"]["activation"] == pytest.approx(4.0)
+    assert whole["bits"]["activation"] > 4.1  # the masked channels stay in 16 bits
+    kls = {run["logits"]["kl"] for run in (whole, bare, still)}
+    assert len(kls) == 3, "each part moves the logits"
+
+
+def test_scope_reaches_the_towers(configure: Callable[..., RunConfig]) -> None:
+    config = configure(
+        "method=rtn",
+        "bits=w8a8",
+        "limit=4",
+        "reference=false",
+        "model.scope.vision=true",
+        "model.scope.audio=true",
+    )
+    result = pipeline.run(config)
+    assert result["scope"]["towers"] == ["vision", "audio", "decoder"]
+    assert result["scope"]["linears"] == 28 + 3 * 7 + 2 + 2 * 6
+
+
+def test_calibrating_on_evaluated_samples_is_refused(configure: Callable[..., RunConfig]) -> None:
+    source = "{reader:mmmu,path:'mini:mmmu',split:validation}"
+    config = configure("method=rtn", "limit=200", f"calibration.sources=[{source}]")
+    with pytest.raises(CalibrationError, match="leakage.*mmmu/validation_"):
+        pipeline.run(config)
+
+
+def test_quantizing_nothing_fails(
+    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trap of comparing the unquantized model with itself: weights that keep their values."""
+    from morphoquant.quantization import engine
+    from morphoquant.quantization.weights import QuantizedWeight
+
+    def keep(weight: Any, config: Any, bits: int) -> QuantizedWeight:
+        return QuantizedWeight(weight, {"format": "int", "bits": 4, "effective_bits": 4.0})
+
+    monkeypatch.setattr(engine, "quantize_weight", keep)
+    config = configure(
+        "method=rtn", "bits=w4a16", "limit=4", "benchmark=mini_scienceqa", "reference=false",
+        "seed=7",
+    )  # fmt: skip
+    with pytest.raises(HarnessError, match="nothing was quantized"):
+        pipeline.run(config)
+
+
+def test_eight_bits_lose_little_and_four_bits_a_lot(configure: Callable[..., RunConfig]) -> None:
+    """Direction of effects, on 48 questions per task (the model card has the full figures)."""
+    common = ("method=rtn", "limit=48")
+    fp16 = pipeline.run(configure("method=fp16", "limit=48"))
+    w8a8 = pipeline.run(configure(*common, "bits=w8a8"))
+    w4a4 = pipeline.run(configure(*common, "bits=w4a4"))
+    assert fp16["mean"] >= 90
+    assert abs(w8a8["mean"] - fp16["mean"]) <= 2
+    assert w4a4["mean"] <= fp16["mean"] - 8
+    assert w8a8["reference"] == w4a4["reference"] == fp16["fingerprint"]
