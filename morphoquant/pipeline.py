@@ -146,9 +146,7 @@ def _name(config: RunConfig) -> str:
 def _tracker(config: RunConfig, directory: RunDirectory) -> Tracker:
     settings: TrackerConfig = config.tracker
     described = config.model_dump(mode="json")
-    return open_tracker(
-        settings, described, directory.path.name, settings.group, directory.path
-    )
+    return open_tracker(settings, described, directory.path.name, settings.group, directory.path)
 
 
 # ----------------------------------------------------------------------------- execution
@@ -367,9 +365,9 @@ def _record_statistics(
         for modality, value in outliers.groupby("modality")[name].median().items():
             scalars[f"{name}/{modality}"] = float(value)
     if not overlap.empty:
-        pairs = overlap.groupby(["modality_a", "modality_b"])["jaccard"].mean()
-        for (first, second), value in pairs.items():  # type: ignore[misc]
-            scalars[f"outlier_overlap/{first}-{second}"] = float(value)
+        named = overlap.assign(pair=overlap["modality_a"] + "-" + overlap["modality_b"])
+        for pair, value in named.groupby("pair")["jaccard"].mean().items():
+            scalars[f"outlier_overlap/{pair}"] = float(value)
     tracker.log({f"outliers/{name}": value for name, value in scalars.items()})
     return scalars
 

@@ -62,9 +62,7 @@ def outlier_rows(collected: Mapping[Key, ModalityStatistics]) -> list[dict[str, 
     ]
 
 
-def overlap_rows(
-    collected: Mapping[Key, ModalityStatistics], share: float
-) -> list[dict[str, Any]]:
+def overlap_rows(collected: Mapping[Key, ModalityStatistics], share: float) -> list[dict[str, Any]]:
     """How far two modalities share their outlier channels, per (layer, group, pair).
 
     ``jaccard`` is compared with ``expected``, its value for independent sets of that size.

@@ -90,6 +90,16 @@ def _reader(source: CalibrationSource, mini_root: Path | None) -> Callable[[Any]
     return read
 
 
+def _read(source: CalibrationSource, read: Callable[[Any], Sample], row: Any) -> Sample:
+    try:
+        return read(row)
+    except KeyError as error:
+        raise CalibrationError(
+            f"calibration source {source.path}: reader {source.reader!r} needs a column {error}, "
+            f"its columns are {', '.join(row)}; is it the right reader?"
+        ) from error
+
+
 def load_samples(config: CalibrationConfig, mini_root: Path | None = None) -> Calibration:
     """Draw the samples: seeded, round-robin over the sources, without repetition.
 
@@ -111,7 +121,7 @@ def load_samples(config: CalibrationConfig, mini_root: Path | None = None) -> Ca
     while len(drawn) < wanted and any(order for *_, order in pools):
         for source, data, read, order in pools:
             if order and len(drawn) < wanted:
-                sample = read(data[order.pop()])
+                sample = _read(source, read, data[order.pop()])
                 drawn.append((f"{_set_name(source)}/{sample.id}", sample))
     if len(drawn) < wanted:
         raise CalibrationError(
@@ -146,5 +156,7 @@ def batches(samples: Iterable[Sample], size: int) -> list[list[Sample]]:
     for sample in samples:
         by_kind.setdefault(sample.modality, []).append(sample)
     return [
-        group[i : i + size] for _, group in sorted(by_kind.items()) for i in range(0, len(group), size)
+        group[i : i + size]
+        for _, group in sorted(by_kind.items())
+        for i in range(0, len(group), size)
     ]

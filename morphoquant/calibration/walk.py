@@ -6,7 +6,7 @@ a block outlives the forward pass that made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -71,7 +71,9 @@ def run_block(block: Block, index: int, segment: Segment) -> torch.Tensor:
 
 
 @contextmanager
-def observing(block: Block, labels: Callable[[], torch.Tensor], observe: Observer) -> Iterator[None]:
+def observing(
+    block: Block, labels: Callable[[], torch.Tensor], observe: Observer
+) -> Iterator[None]:
     """Show ``observe`` the input of every group of ``block`` while the context is open.
 
     A module that rewrites its input first (an online rotation) offers ``observe_input`` and is
@@ -94,9 +96,7 @@ def observing(block: Block, labels: Callable[[], torch.Tensor], observe: Observe
         yield
 
 
-def enter(
-    adapter: OmniAdapter, tower: Tower, batches: Sequence[Batch]
-) -> list[Segment]:
+def enter(adapter: OmniAdapter, tower: Tower, batches: Sequence[Batch]) -> list[Segment]:
     """Run every batch up to the first block of ``tower`` and keep what it was called with."""
     blocks = adapter.blocks(tower)
     segments: list[Segment] = []
@@ -149,12 +149,13 @@ def _enter_tower(
         with ExitStack() as stack:
             for block in blocks:
                 handle = block.module.register_forward_pre_hook(
-                    lambda _module, args, kwargs: caught.append((args, kwargs)), with_kwargs=True
+                    lambda _module, args, kwargs, caught=caught: caught.append((args, kwargs)),
+                    with_kwargs=True,
                 )
                 stack.callback(handle.remove)
             call()
         hidden = caught[0][0][0]
-        labels = torch.full(hidden.shape[:-1], int(modality), dtype=torch.int8, device=hidden.device)
+        labels = torch.full_like(hidden[..., 0], int(modality), dtype=torch.int8)
         # Only the first block's hidden states are kept; later ones are recomputed by the walk.
         segments.append(Segment(hidden, labels, [(args[1:], kwargs) for args, kwargs in caught]))
     return segments
@@ -164,7 +165,7 @@ def _enter_tower(
 def walk(
     adapter: OmniAdapter,
     towers: Sequence[Tower],
-    batches: dict[str, Sequence[Batch]],
+    batches: Mapping[str, Sequence[Batch]],
     visitor: Visitor,
     progress: Callable[[int], None] | None = None,
 ) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 Conversation: TypeAlias = Sequence[dict[str, Any]]
-"""Turns ``{"role", "content"}``; a content part is one of ``{"type": "image", "image": PIL image}``,
-``{"type": "video", "video": path}``, ``{"type": "audio", "audio": float32 array, 16 kHz, mono}``,
-``{"type": "text", "text": str}``, in reading order."""
+"""Turns ``{"role", "content"}``; a content part is one of
+``{"type": "image", "image": PIL image}``, ``{"type": "video", "video": path}``,
+``{"type": "audio", "audio": float32 array, 16 kHz, mono}``, ``{"type": "text", "text": str}``,
+in reading order."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ def blocks(model: nn.Module, tower: Tower) -> tuple[Block, ...]:
     own and stays in high precision (as does every convolution).
     """
     if tower == "decoder":
-        found = [(layer, DECODER_GROUPS) for layer in text_model(model).layers]
+        found: list[tuple[nn.Module, tuple[InputGroup, ...]]] = [
+            (layer, DECODER_GROUPS) for layer in text_model(model).layers
+        ]
     elif tower == "vision":
         visual = vision_tower(model)
         found = [(block, VISION_GROUPS) for block in visual.blocks]

@@ -7,7 +7,8 @@ from torch import nn
 
 from morphoquant.calibration.statistics import ChannelStatistics
 from morphoquant.config.schema import ActivationConfig
-from morphoquant.quantization.ranges import SPAN_FLOOR, StaticGrid, StaticRange, initial_range
+from morphoquant.formats import fake_quantize_activation
+from morphoquant.quantization.ranges import StaticGrid, StaticRange, initial_range
 
 
 class DynamicQuantizer(nn.Module):
@@ -31,28 +32,14 @@ class DynamicQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., channels] -> the same shape and dtype, on the grid."""
-        if self.group_size is None:
-            return self._rows(x.float()).to(x.dtype)
-        channels = x.shape[-1]
-        missing = -channels % self.group_size
-        # Repeating the last channel fills the last group without changing its range.
-        values = x.float()
-        if missing:
-            values = torch.cat([values, values[..., -1:].expand(*x.shape[:-1], missing)], -1)
-        grouped = values.unflatten(-1, (-1, self.group_size))
-        return self._rows(grouped).flatten(-2)[..., :channels].to(x.dtype)
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        top = 2 ** (self.bits - 1) - 1
-        if self.symmetric:
-            step = (x.abs().amax(-1, keepdim=True) * self.clip_ratio).clamp_min(SPAN_FLOOR) / top
-            return (x / step).round_().clamp_(-top, top).mul_(step)
-        lo = x.amin(-1, keepdim=True).clamp_max(0) * self.clip_ratio
-        hi = x.amax(-1, keepdim=True).clamp_min(0) * self.clip_ratio
-        levels = 2**self.bits - 1
-        step = (hi - lo).clamp_min(SPAN_FLOOR) / levels
-        zero = (-lo / step).round()
-        return (x / step).round_().add_(zero).clamp_(0, levels).sub_(zero).mul_(step)
+        return fake_quantize_activation(
+            x,
+            self.bits,
+            "per_token" if self.group_size is None else "per_group",
+            self.group_size or x.shape[-1],
+            self.symmetric,
+            self.clip_ratio,
+        )
 
 
 class StaticQuantizer(nn.Module):

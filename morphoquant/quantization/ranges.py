@@ -98,6 +98,4 @@ def initial_range(
     constant = lo * hi > 0
     affine = constant if affine_when_sign_constant else torch.zeros_like(constant)
     alpha = far if mask is None else torch.where(mask & ~constant, near, far)
-    return StaticRange(
-        torch.where(affine, lo, -alpha), torch.where(affine, hi, alpha), affine
-    )
+    return StaticRange(torch.where(affine, lo, -alpha), torch.where(affine, hi, alpha), affine)

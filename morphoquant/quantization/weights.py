@@ -26,9 +26,7 @@ class QuantizedWeight:
 
 
 def _none(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
-    return QuantizedWeight(
-        weight.detach(), {"format": "none", "bits": 16, "effective_bits": 16.0}
-    )
+    return QuantizedWeight(weight.detach(), {"format": "none", "bits": 16, "effective_bits": 16.0})
 
 
 def _int(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
@@ -39,7 +37,11 @@ def _int(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeig
         "format": "int",
         "bits": bits,
         "effective_bits": formats.int_storage_bits(
-            tuple(weight.shape), bits, config.granularity, config.group_size, config.symmetric
+            (weight.shape[0], weight.shape[1]),
+            bits,
+            config.granularity,
+            config.group_size,
+            config.symmetric,
         ),
         "granularity": config.granularity,
         "symmetric": config.symmetric,

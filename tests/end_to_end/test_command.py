@@ -105,8 +105,8 @@ def test_sweep_ends_in_a_table_and_survives_a_kill(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["method=magic"], ["method/magic", "morphoquant", "quarot"]),
-        (["bits=w5a99"], ["bits/w5a99", "w4a4"]),
+        (["method=magic"], ["method=magic", "morphoquant", "quarot"]),
+        (["bits=w5a99"], ["bits=w5a99", "w4a4"]),
         (["bits.weight=99"], ["bits.weight", "99", "16"]),
         (["method.activation.granularity=per_tokne"], ["granularity", "per_tokne", "per_token"]),
         (["benchmark.limit=-1"], ["benchmark.limit", "-1", "at least 1"]),

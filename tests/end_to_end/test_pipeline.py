@@ -138,7 +138,7 @@ def test_scope_reaches_the_towers(configure: Callable[..., RunConfig]) -> None:
 def test_calibrating_on_evaluated_samples_is_refused(configure: Callable[..., RunConfig]) -> None:
     source = "{reader:mmmu,path:'mini:mmmu',split:validation}"
     config = configure("method=rtn", "limit=200", f"calibration.sources=[{source}]")
-    with pytest.raises(CalibrationError, match="leakage.*mmmu/validation_"):
+    with pytest.raises(CalibrationError, match=r"leakage.*mmmu/validation_"):
         pipeline.run(config)
 
 
