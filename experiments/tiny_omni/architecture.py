@@ -1,9 +1,9 @@
 """The small thinker's configuration, and a faster form of its towers for training.
 
-Two numbers differ from a scaled-down 7B, and matter. The width axis of the multimodal rotary
-embedding gets the lowest frequencies; with theta 10,000 and a head of 32 channels a step to the
-right would turn them by 0.003 rad at most, and left could not be told from right. Theta 300 and
-sections [2, 4, 10] give 0.12 rad. Two position ids per second keep the text near its video.
+Two things differ from a scaled-down 7B. The width axis of the multimodal rotary embedding gets the
+lowest frequencies; with theta 10,000 and a head of 32 channels one step to the right turns them by
+0.003 rad at most. Theta 300 and sections [2, 4, 10] give 0.12 rad. Two position ids per second keep
+the text near its video. Neither was tried against the original by itself.
 """
 
 from __future__ import annotations

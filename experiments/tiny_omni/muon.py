@@ -1,7 +1,8 @@
 """Muon for the matrices of the blocks, AdamW for everything else.
 
-At this size Muon needs less than half of AdamW's steps. Matrices of one shape are orthogonalized
-together: on a CPU that halves its cost.
+In a trial of 200 steps Muon (rate 2e-3) was ahead of AdamW (1.2e-3) in every modality, image for
+example 68 to 40 percent; rates were not tuned and one seed was run. Matrices of one shape are
+orthogonalized together: on two idle cores 0.14 s a step instead of 0.25 s.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """From a trained model to the two weight folders: rounding, outliers, measurements, model card.
 
-    python -m experiments.tiny_omni.release CHECKPOINT
+    python -m experiments.tiny_omni.release [CHECKPOINT]
 
-repeats this step for a checkpoint folder of ``train.py`` (which calls it at the end of a run).
+repeats this step for a checkpoint folder of ``train.py`` (which calls it at the end of a run);
+without one it measures the weights that are there and writes their cards again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from morphoquant.embedded import benchmarks
 from morphoquant.embedded.questions import KINDS
 
 WEIGHTS = Path(__file__).parents[2] / "morphoquant" / "embedded" / "weights"
+PLAIN, OUTLYING = "tiny_omni_as_trained", "tiny_omni"
+LOG = "training_log.json"
 SCHEMES = {"W16A16": (16, 16), "W8A8": (8, 8), "W4A16": (4, 16), "W4A4": (4, 4)}
 TOLERANCE = 1e-4  # largest change of a float32 logit that the rewriting may cause
 MODALITIES = ("text", "image", "audio", "video")
@@ -47,7 +50,7 @@ activations symmetric per token (percent right):
 
 {quantized}
 
-Largest against median channel range, and excess of the tails (kurtosis; 3 is Gaussian), of the
+Largest against median channel range, and weight of the tails (kurtosis; 3 is Gaussian), of the
 norms' outputs on calibration prompts, mean over the norms:
 
 {statistics}
@@ -61,15 +64,17 @@ Overlap of the four largest channels between modalities (Jaccard index, mean ove
   place in that order: the questions are classification, not option reading. Chance is 25 %.
 - Synthetic content only: coloured shapes, tones, moving discs and a few dozen words. It knows
   nothing else, and it answers only in the form `B. red`.
-- Rotary theta 300 and sections [2, 4, 10], two position ids per second: at this size the original
-  values make left and right indistinguishable.
+- Rotary theta 300 and sections [2, 4, 10], two position ids per second, where the 7B model has
+  1,000,000, [16, 24, 24] and 25: scaled down unchanged, one step to the right would turn the width
+  channels by a few milliradians. What this choice is worth was not measured by itself.
 
 ## How it was made
 
-`{command}`: {steps} steps of {batch} sequences, seed {seed}, {minutes:.0f} minutes on
-{cores} CPU cores ({torch_version}; bfloat16 autocast). Threads, versions and processors change the
-rounding, so a repetition gives a similar model, not the same bits. `training_log.json` has the
-accuracies on development questions during training.
+`{command}`: {steps} steps of {batch} sequences,
+seed {seed}, {minutes:.0f} minutes on {cores} CPU cores ({torch_version}; bfloat16 autocast).
+Threads, versions and processors change the rounding, so a repetition gives a similar model, not
+the same bits. `training_log.json` has the accuracies on development questions during training.
+{note}
 """
 
 AS_TRAINED = """The weights as they came out of training, rounded to bfloat16. Activations after the
@@ -155,45 +160,63 @@ def _statistics_table(statistics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def release(checkpoint: Path, run: dict[str, Any], weights: Path = WEIGHTS) -> None:
+def rewrite(checkpoint: Path, run: dict[str, Any], weights: Path = WEIGHTS) -> None:
     """Write both weight folders from a float32 checkpoint; ``run`` describes the training."""
     torch.manual_seed(run["seed"])
-    plain, outlying = weights / "tiny_omni_as_trained", weights / "tiny_omni"
+    plain, outlying = weights / PLAIN, weights / OUTLYING
     with tempfile.TemporaryDirectory() as temporary:
         root = benchmarks.build(Path(temporary) / "benchmarks")
         calibration = list(evaluate.samples(root, "calibration"))
-        prompts = [item.sample for item in calibration]
-
         model, processor = evaluate.load(checkpoint)
         write(model, processor, plain)
         model, processor = evaluate.load(plain)  # rounded once, before the rewriting
         before = last_logits(model, processor, calibration)
+        prompts = [item.sample for item in calibration]
         channels = outliers.engineer(model, processor, prompts, run["seed"])
         exact = float((last_logits(model, processor, calibration) - before).abs().max())
         if exact > TOLERANCE:
             raise RuntimeError(f"the rewriting moved a logit by {exact:.2e}")
         write(model, processor, outlying)
-        model, processor = evaluate.load(outlying)
-        rounded = float((last_logits(model, processor, calibration) - before).abs().mean())
-        print(f"logits: {exact:.2e} in float32, {rounded:.4f} on average after rounding")
+    for folder in (plain, outlying):
+        summary: dict[str, Any] = {"training": run}
+        if folder == outlying:
+            summary["engineered"] = {"channels": channels, "largest_logit_change": exact}
+        _save(folder, summary)
 
+
+def _save(folder: Path, summary: dict[str, Any]) -> None:
+    (folder / LOG).write_text(json.dumps(summary, separators=(",", ":")) + "\n")
+
+
+def measure(weights: Path = WEIGHTS) -> None:
+    """Measure both weight folders and write their cards; the weights stay as they are."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = benchmarks.build(Path(temporary) / "benchmarks")
+        calibration = list(evaluate.samples(root, "calibration"))
+        prompts = [item.sample for item in calibration]
         asked = list(evaluate.samples(root))
-        for folder in (plain, outlying):
+        logits = {}
+        for name in (PLAIN, OUTLYING):
+            folder = weights / name
             scores = quantized_accuracy(folder, asked)
             model, processor = evaluate.load(folder)
+            logits[name] = last_logits(model, processor, calibration)
             statistics = outliers.statistics(outliers.norm_outputs(model, processor, prompts))
-            print(folder.name, statistics, flush=True)
+            print(name, statistics, flush=True)
+            summary = json.loads((folder / LOG).read_text())
             about = AS_TRAINED
-            if folder is outlying:
+            if name == OUTLYING:
+                made = summary["engineered"]
                 about = ENGINEERED.format(
-                    channels=", ".join(map(str, channels)),
-                    exact=exact,
-                    rounded=rounded,
-                    spread=float(before.std()),
+                    channels=", ".join(map(str, made["channels"])),
+                    exact=made["largest_logit_change"],
+                    rounded=float((logits[OUTLYING] - logits[PLAIN]).abs().mean()),
+                    spread=float(logits[PLAIN].std()),
                 )
             overlap = statistics["jaccard"].items()
+            run = summary["training"]
             card = CARD.format(
-                title=folder.name,
+                title=name,
                 parameters=sum(p.numel() for p in model.parameters()),
                 about=about,
                 accuracy=_accuracy_table(scores["W16A16"]),
@@ -203,17 +226,13 @@ def release(checkpoint: Path, run: dict[str, Any], weights: Path = WEIGHTS) -> N
                 **{key: value for key, value in run.items() if key != "log"},
             )
             (folder / "README.md").write_text(card)
-            summary = {
-                "accuracy": {key: list(value) for key, value in scores["W16A16"].items()},
-                "quantized": {
-                    name: {m: list(values[m]) for m in MODALITIES}
-                    for name, values in scores.items()
-                },
-                "outliers": {**statistics, "channels": channels if folder is outlying else []},
-                "training": run,
+            summary["accuracy"] = {key: list(value) for key, value in scores["W16A16"].items()}
+            summary["quantized"] = {
+                scheme: {m: list(values[m]) for m in MODALITIES}
+                for scheme, values in scores.items()
             }
-            text = json.dumps(summary, separators=(",", ":"))
-            (folder / "training_log.json").write_text(text + "\n")
+            summary["outliers"] = statistics
+            _save(folder, summary)
 
 
 def describe(
@@ -225,6 +244,7 @@ def describe(
         "command": f"python -m experiments.tiny_omni.train --seed {args.seed} --steps {steps}",
         "seed": args.seed,
         "steps": steps,
+        "note": "",
         "batch": batch,
         "minutes": seconds / 60,
         "cores": os.cpu_count(),
@@ -235,12 +255,15 @@ def describe(
 
 
 def main() -> None:
-    """Release a checkpoint folder that holds ``run.json``."""
+    """Rewrite and measure a checkpoint folder that holds ``run.json``, or only measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="none: measure what is there")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     args = parser.parse_args()
-    release(args.checkpoint, json.loads((args.checkpoint / "run.json").read_text()), args.weights)
+    if args.checkpoint is not None:
+        run = json.loads((args.checkpoint / "run.json").read_text())
+        rewrite(args.checkpoint, run, args.weights)
+    measure(args.weights)
 
 
 if __name__ == "__main__":

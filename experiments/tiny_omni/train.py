@@ -28,7 +28,7 @@ from torch.nn import functional
 from experiments.tiny_omni import data
 from experiments.tiny_omni.architecture import configuration, fast_towers
 from experiments.tiny_omni.muon import Optimizers
-from experiments.tiny_omni.release import WEIGHTS, describe, release
+from experiments.tiny_omni.release import WEIGHTS, describe, measure, rewrite
 from morphoquant.embedded.processor import build_processor, build_tokenizer
 from morphoquant.embedded.questions import KINDS
 
@@ -241,7 +241,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=2097)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=0, help="end the schedule by then")
@@ -261,7 +261,8 @@ def main() -> None:
         checkpoint = train(args)
     if args.only:
         return
-    release(checkpoint, json.loads((checkpoint / "run.json").read_text()), args.weights)
+    rewrite(checkpoint, json.loads((checkpoint / "run.json").read_text()), args.weights)
+    measure(args.weights)
 
 
 if __name__ == "__main__":
