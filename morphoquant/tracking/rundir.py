@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +64,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """
     with _storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        os.close(handle)
-        temporary = Path(name)
+        # Not mkstemp: its files are private, and run directories are shared.
+        temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         try:
             write(temporary)
             with temporary.open("rb") as file:
