@@ -21,6 +21,7 @@ SHARED = {
     "calibration samples": lambda run: run["calibration"]["ids_hash"],
     "evaluation questions": lambda run: run["question_ids"],
     "weight quantizer": lambda run: run["slots"]["weight"],
+    "package versions": lambda run: json.dumps(run["versions"], sort_keys=True),
     "model": lambda run: run["model"],
 }
 """What rows of one table must have in common, or be told apart by a footnote."""

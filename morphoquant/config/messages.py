@@ -44,8 +44,11 @@ def explain_hydra(error: BaseException) -> str:
 
     Hydra's own texts go on about search paths and structs; what a user needs is the list.
     """
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
+    if isinstance(error, OverrideParseException):
+        reason = str(error).splitlines()[0]
+        return f"{error.override}: cannot be read as field=value or group=choice ({reason})."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = list(error.options or ())

@@ -71,7 +71,8 @@ def run_job(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     # Unresolved: an override may hold an interpolation that does not exist.
-    overrides = " ".join(map(str, OmegaConf.to_container(hydra.overrides.task, resolve=False)))
+    task: Any = OmegaConf.to_container(hydra.overrides.task)
+    overrides = " ".join(task)
     config = None
     try:
         config = load(cfg)

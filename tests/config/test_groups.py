@@ -1,0 +1,105 @@
+"""Every file of every group composes and validates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from morphoquant.config import RunConfig, load
+from morphoquant.config.schema import BitsConfig, MethodConfig
+from morphoquant.config.store import defaults, register
+
+CONF = Path(__file__).parents[2] / "conf"
+METHODS = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
+BITS = sorted(p.stem for p in (CONF / "bits").glob("*.yaml"))
+TOP_LEVEL = ("model", "calibration", "benchmark", "tracker", "experiment")
+SLOTS = ("transform", "weight", "activation", "activation/range", "compensation")
+CHOICES = [(g, p.stem) for g in TOP_LEVEL for p in sorted((CONF / g).glob("*.yaml"))]
+SLOT_CHOICES = [(g, p.stem) for g in SLOTS for p in sorted((CONF / "method" / g).glob("*.yaml"))]
+
+
+@pytest.fixture(scope="module")
+def composed() -> Iterator[Callable[..., RunConfig]]:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *overrides: load(compose("config", overrides=list(overrides)))
+
+
+def test_the_groups_are_found() -> None:
+    assert len(METHODS) >= 5
+    assert len(BITS) >= 10
+    assert len(CHOICES) >= 15
+    assert len(SLOT_CHOICES) >= 15
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_method_at_every_width(
+    composed: Callable[..., RunConfig], method: str, bits: str
+) -> None:
+    config = composed(f"method={method}", f"bits={bits}")
+    assert config.method.name == method
+    assert config.bits.scheme == (bits if config.method.quantizes else "w16a16")
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice(composed: Callable[..., RunConfig], group: str, choice: str) -> None:
+    config = composed(f"{group}={choice}")
+    if group != "experiment":
+        assert getattr(config, group).name == choice
+
+
+@pytest.mark.parametrize(("slot", "choice"), SLOT_CHOICES)
+def test_every_slot_choice(composed: Callable[..., RunConfig], slot: str, choice: str) -> None:
+    # On a method that goes with every choice of the slot.
+    static = slot in ("activation/range", "compensation")
+    composed(f"method={'rtn_static' if static else 'rtn'}", f"method/{slot}={choice}")
+
+
+def test_fp16_is_the_schema(composed: Callable[..., RunConfig]) -> None:
+    assert composed("method=fp16").method == MethodConfig()
+    assert composed("method=fp16", "seed=3").method == MethodConfig()
+
+
+def test_equal_runs_are_spelt_equally(composed: Callable[..., RunConfig]) -> None:
+    assert composed("method=fp16", "bits=w4a4") == composed("method=fp16", "bits=w16a16")
+    weights_only = composed("method=rtn", "method/activation=none", "bits=w4a8")
+    assert weights_only.bits == BitsConfig(weight=4, activation=16)
+    assert weights_only == composed("method=rtn", "method/activation=none", "bits=w4a16")
+
+
+def test_one_slot_changes_one_slot(composed: Callable[..., RunConfig]) -> None:
+    whole, without = composed(), composed("method/compensation=none")
+    assert whole.method.compensation.name == "dabc"
+    assert without.method.compensation.name == "none"
+    assert without.method.weight == whole.method.weight
+    assert without.method.activation == whole.method.activation
+
+
+def test_numbers_and_conveniences(composed: Callable[..., RunConfig]) -> None:
+    config = composed("method.activation.range.p=3", "limit=20", "seed=5", "method=morphoquant")
+    assert config.method.activation.range.p == 3.0
+    assert config.benchmark.limit == 20
+    assert (config.seed, config.calibration.seed) == (5, 5)
+    assert composed("method=quarot", "seed=5").method.transform.seed == 5
+
+
+def test_the_methods_say_what_they_are(composed: Callable[..., RunConfig]) -> None:
+    quarot, naive = composed("method=quarot").method, composed("method=rtn_static").method
+    assert quarot.transform.name == "rotate"
+    assert quarot.activation.range.clip_ratio == 0.9
+    assert (naive.activation.granularity, naive.activation.mode) == ("per_channel", "static")
+    morpho = composed("method=morphoquant").method
+    assert (morpho.weight.format, morpho.weight.double_quantization) == ("nf4", True)
+    assert (morpho.activation.range.name, morpho.activation.range.p) == ("mdqfo", 2.0)
+    assert (morpho.compensation.reading, morpho.compensation.mask.max_share) == ("channel", 0.03)
+
+
+def test_schema_node_has_every_field() -> None:
+    node = defaults(RunConfig)
+    assert set(node) == set(RunConfig.model_fields)
+    assert node["method"]["activation"]["range"]["p"] == 2.0
+    assert node["model"]["name"] == "???"

@@ -1,0 +1,124 @@
+"""A sweep with a job that fails: the others run, the table says so, the exit code too.
+
+The pipeline is replaced by one that only writes results; everything around it is real.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+DRIVER = """
+import sys, types
+from pathlib import Path
+
+from morphoquant.errors import HarnessError
+from morphoquant.tracking.rundir import RunDirectory
+
+def result(config, directory, reference):
+    return {
+        "fingerprint": directory.fingerprint, "method": config.method.name,
+        "scheme": config.bits.scheme, "model": config.model.name, "reference": reference,
+        "slots": {"transform": "none", "weight": config.method.weight.format,
+                  "activation": "none", "compensation": "none"},
+        "scope": {"hash": "s"}, "calibration": {"ids_hash": "c"}, "question_ids": "q",
+        "accuracy": {"mmmu": {"value": 50.0, "n": 100, "empty": 0, "unparsed": 0}},
+        "mean": 50.0, "bits": {"weight": 4.0, "activation": 4.0}, "versions": {},
+        "seconds": {"quantize": 1.0, "evaluate": 2.0},
+    }
+
+def path(config, found):
+    return Path(config.paths.runs) / f"{config.method.name}-{found['fingerprint'][:10]}"
+
+def run(config):
+    if config.method.name == "rtn":
+        raise HarnessError("no room for rtn")
+    if config.method.name == "quarot":
+        raise RuntimeError("CUDA out of memory")
+    reference = None
+    if config.method.name != "fp16":
+        from morphoquant.config.schema import BitsConfig, MethodConfig
+        plain = {"method": MethodConfig(), "bits": BitsConfig()}
+        reference = run(config.model_copy(update=plain))["fingerprint"]
+    assert config.tracker.group is None or "_" in config.tracker.group
+    identity = {"config": config.model_dump(mode="json", exclude={"tracker", "paths"})}
+    directory = RunDirectory.open(Path(config.paths.runs), config.method.name, identity)
+    found = result(config, directory, reference)
+    directory.finish(found)
+    return found
+
+fake = types.ModuleType("morphoquant.pipeline")
+fake.run, fake.run_path = run, path
+import morphoquant
+morphoquant.pipeline = sys.modules["morphoquant.pipeline"] = fake
+import runpy
+runpy.run_path(ROOT + "/run.py", run_name="__main__")
+"""
+
+
+def drive(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    driver = folder / "driver.py"
+    driver.write_text(f"ROOT = {str(ROOT)!r}\n{DRIVER}")
+    runs = folder / "runs"
+    return subprocess.run(
+        [sys.executable, str(driver), *arguments, f"paths.runs={runs}", "tracker=none"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def test_a_sweep_goes_on_after_failures(tmp_path: Path) -> None:
+    found = drive(tmp_path, "-m", "method=rtn,quarot,morphoquant,rtn_static")
+    assert found.returncode == 1, found.stderr
+    (table,) = tmp_path.glob("runs/sweeps/*/table.md")
+    lines = table.read_text().splitlines()
+    assert lines[2].startswith("| fp16 |")
+    assert [row.split("|")[1].strip() for row in lines[3:7]] == [
+        "morphoquant",
+        "rtn_static",
+        "rtn",
+        "quarot",
+    ]
+    text = table.read_text()
+    assert "no room for rtn" in text
+    assert "CUDA out of memory" in text
+    assert "+0.0" in text
+    assert table.with_name("table.csv").is_file()
+    assert "no room for rtn" in found.stderr
+    assert found.stderr.count("Traceback") == 1  # of the unexpected one
+
+
+def test_a_sweep_that_comes_through(tmp_path: Path) -> None:
+    found = drive(
+        tmp_path, "-m", "method=morphoquant", "method.activation.range.p=2,3", "bits=w4a4,w8a8"
+    )
+    assert found.returncode == 0, found.stderr
+    (table,) = tmp_path.glob("runs/sweeps/*/table.md")
+    assert "morphoquant range.p=2.0" in table.read_text()
+    assert "morphoquant range.p=3.0" in table.read_text()
+    assert "Accuracy" in found.stdout
+
+
+@pytest.mark.parametrize(("method", "code"), [("morphoquant", 0), ("rtn", 1)])
+def test_a_single_run(tmp_path: Path, method: str, code: int) -> None:
+    found = drive(tmp_path, f"method={method}")
+    assert found.returncode == code
+    assert "Traceback" not in found.stderr
+    assert ("fp16" in found.stdout) == (code == 0)
+    assert ("no room for rtn" in found.stderr) == (code == 1)
+
+
+def test_an_unexpected_error_of_a_single_run_keeps_its_traceback(tmp_path: Path) -> None:
+    found = drive(tmp_path, "method=quarot")
+    assert found.returncode == 1
+    assert "Traceback" in found.stderr
