@@ -90,9 +90,7 @@ def static_range(
         lo, hi = statistics.lo.float(), statistics.hi.float()
         start = StaticRange(lo, hi, torch.ones_like(lo, dtype=torch.bool))
     ratio = config.range.clip_ratio
-    if ratio == 1.0:
-        return start
-    return StaticRange(start.lo * ratio, start.hi * ratio, start.affine)
+    return start if ratio == 1.0 else start.shrunk(ratio)
 
 
 __all__ = ["DynamicQuantizer", "StaticQuantizer", "dynamic_quantizer", "static_range"]

@@ -61,7 +61,8 @@ class RangeSearch:
         self.limits = [compensation.gate * candidate.edge for candidate in ranges]
         shape = (len(self.ratios), initial.lo.numel())
         device = initial.lo.device
-        self.error, self.dot, self.square = (
+        # Sums over tokens of |x~ - x|^p, (x~ - x)^2, x~^2; then of |x|^p and x^2.
+        self.error, self.residual, self.square = (
             torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)
         )
         self.norm, self.energy = (
@@ -92,20 +93,35 @@ class RangeSearch:
             elif self.mask is not None:
                 candidate = torch.where(self.mask, x, candidate)
             if cosine:
-                self.dot[i] += (x * candidate).sum(0)
                 self.square[i] += (candidate * candidate).sum(0)
-            self.error[i] += _power_sum(candidate.sub_(x), p)
+            difference = candidate.sub_(x)
+            self.error[i] += _power_sum(difference, p)
+            if cosine and p != 2.0:
+                self.residual[i] += _power_sum(difference, 2.0)
 
     def losses(self) -> torch.Tensor:
-        """float64 [candidates, channels]."""
+        """float64 [candidates, channels], never negative.
+
+        Raises:
+            ValueError: the search samples brought a NaN or infinite value.
+        """
         tiny = torch.finfo(torch.float64).tiny
         loss = self.error / self.norm.clamp_min(tiny)
         if self.config.cosine_weight > 0:
-            length = (self.square * self.energy).sqrt()
+            residual = self.error if self.config.p == 2.0 else self.residual
+            a, b = self.energy.sqrt(), self.square.sqrt()
+            # 1 - cos = (|x~ - x|^2 - (|x| - |x~|)^2) / (2 |x| |x~|); unlike 1 - x.x~ / |x||x~| it
+            # does not cancel where x~ is almost x, and rounding cannot make it negative.
+            turned = (residual - (a - b) ** 2).clamp_min(0.0) / (2 * a * b).clamp_min(tiny)
             # A candidate that rounds a channel to nothing has no direction: cosine 0.
-            cosine = torch.where(length > 0, self.dot / length.clamp_min(tiny), 0.0)
+            turned = torch.where(a * b > 0, turned.clamp_max(2.0), 1.0)
             silent = self.energy == 0
-            loss = loss + self.config.cosine_weight * (1 - cosine).masked_fill(silent, 0.0)
+            loss = loss + self.config.cosine_weight * turned.masked_fill(silent, 0.0)
+        if not torch.isfinite(loss).all():
+            raise ValueError(
+                "range search met a NaN or infinite value, or |x|^p beyond float32; "
+                "check the search samples or lower method.activation.range.p"
+            )
         return loss
 
     def best_ratios(self) -> torch.Tensor:

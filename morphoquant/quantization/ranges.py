@@ -53,16 +53,17 @@ class StaticRange:
     def shrunk(self, ratio: torch.Tensor | float) -> StaticRange:
         """The range at ``ratio`` (a number, or one per channel).
 
-        A symmetric range shrinks towards zero. A sign-constant one keeps the edge next to zero
-        and pulls in the far one, so its levels stay where the values are.
+        A range with zero inside shrinks towards zero. A sign-constant one keeps the edge next to
+        zero and pulls in the far one, so its levels stay where the values are.
         """
-        negative = self.affine & (self.hi <= 0)
+        one_sided = self.affine & ((self.lo >= 0) | (self.hi <= 0))
+        negative = one_sided & (self.hi <= 0)
         span = (self.hi - self.lo) * ratio
         lo = torch.where(negative, self.hi - span, self.lo)
         hi = torch.where(negative, self.hi, self.lo + span)
         return StaticRange(
-            torch.where(self.affine, lo, self.lo * ratio),
-            torch.where(self.affine, hi, self.hi * ratio),
+            torch.where(one_sided, lo, self.lo * ratio),
+            torch.where(one_sided, hi, self.hi * ratio),
             self.affine,
         )
 
