@@ -133,6 +133,7 @@ def complete(
     wrong: list[str] = []
     wants_weight = method.weight.format != "none" and bits.weight < 16
     wants_activation = method.activation.format != "none" and bits.activation < 16
+    wants_compensation = wants_activation and method.compensation.name != "none"
     for block in blocks:
         for group in block.groups:
             for name in group.linears:
@@ -148,6 +149,8 @@ def complete(
                     wrong.append(f"{full}: never ran")
                 elif wants_activation and module.source.tokens == 0:
                     wrong.append(f"{full}: its activation quantizer never ran")
+                if wants_compensation and module.source.compensation is None:
+                    wrong.append(f"{full}: no {method.compensation.name} compensation")
                 if wants_weight and record.weight["bits"] >= 16:
                     wrong.append(f"{full}: weights stayed in {record.weight['bits']} bits")
                 if module.source.elements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -205,7 +206,7 @@ def test_order_and_split_do_not_matter(cuts: list[int], order: Any, p: float) ->
     rows = list(range(200))
     order.shuffle(rows)
     edges = [0, *sorted(cuts), 200]
-    parts = [x[rows[a:b]] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [x[rows[a:b]] for a, b in itertools.pairwise(edges)]
     found = search(x, settings)
     for part in parts:
         found.update(part)
