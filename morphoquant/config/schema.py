@@ -56,6 +56,8 @@ class ModelConfig(Strict):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = None
+    """CPU threads of torch; null leaves torch's own choice (one per core)."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     system_prompt: str | None = None
     trust_remote_code: bool = False

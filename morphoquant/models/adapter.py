@@ -69,6 +69,8 @@ class OmniAdapter:
         from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
         transformers.utils.logging.disable_progress_bar()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         device = pick_device(config)
         source: str | Path = folder if folder is not None else config.path
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
