@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from morphoquant.calibration.samples import CalibrationError
 from morphoquant.calibration.statistics import ModalityStatistics
 from morphoquant.calibration.walk import Segment, observing, run_block
 from morphoquant.config.schema import BitsConfig, MethodConfig
@@ -62,7 +63,11 @@ class BlockQuantizer:
     # ------------------------------------------------------------------- the visit
 
     def visit(self, index: int, block: Block, segments: dict[str, list[Segment]]) -> None:
-        """Quantize one block and move all segments on to its output."""
+        """Quantize one block and move all segments on to its output.
+
+        Raises:
+            CalibrationError: static ranges are wanted, and no prompt reaches this tower.
+        """
         installs = self.method.quantizes or self.method.transform.name != "none"
         sources = self._install(block) if installs else {}
         # Without separate search samples the statistics samples serve twice, so their hidden
@@ -72,6 +77,12 @@ class BlockQuantizer:
         searches: dict[str, RangeSearch] = {}
         masks: dict[str, torch.Tensor | None] = {}
         if self.is_static:
+            if not statistics:
+                raise CalibrationError(
+                    f"no calibration prompt reaches the {block.tower} tower, whose static ranges "
+                    f"are to be set: add a source with such media to calibration.sources, or set "
+                    f"model.scope.{block.tower}=false"
+                )
             for group in block.groups:
                 pooled = statistics[group.name].pooled()
                 mask = None
