@@ -118,7 +118,9 @@ def _prepare(config: RunConfig) -> Prepared:
         "versions": package_versions(),
         "model": model_hash(config.model),
         "calibration_ids": calibration.ids_hash,
+        "calibration_data": calibration.content_hash,
         "question_ids": fingerprint({"ids": sorted(questions)})[:16],
+        "question_data": evaluation.data_hash(config.benchmark, config.paths),
     }
     return Prepared(calibration, identity)
 

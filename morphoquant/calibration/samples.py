@@ -33,6 +33,25 @@ class Calibration:
     def ids_hash(self) -> str:
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
 
+    @property
+    def content_hash(self) -> str:
+        """Identity of what the prompts hold: text, pictures, sound; clips by name and size."""
+        digest = hashlib.sha256()
+        for sample in (*self.samples, *self.search):
+            for part in (part for turn in sample.messages for part in turn["content"]):
+                value = part[part["type"]]
+                if part["type"] == "image":
+                    value = (value.mode, value.size, value.tobytes())
+                elif part["type"] == "audio":
+                    value = value.tobytes()
+                elif part["type"] == "video":
+                    path = Path(value)
+                    value = (path.name, path.stat().st_size if path.is_file() else None)
+                digest.update(f"\0{part['type']}\0".encode())
+                for piece in value if isinstance(value, tuple) else (value,):
+                    digest.update(piece if isinstance(piece, bytes) else repr(piece).encode())
+        return digest.hexdigest()[:16]
+
 
 def _set_name(source: CalibrationSource) -> str:
     return source.path.removeprefix(MINI) if source.path.startswith(MINI) else source.reader

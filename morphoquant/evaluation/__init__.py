@@ -8,7 +8,7 @@ first ``evaluate`` of a process does.
 from __future__ import annotations
 
 from morphoquant.evaluation.checks import check
-from morphoquant.evaluation.data import question_ids
+from morphoquant.evaluation.data import data_hash, question_ids
 from morphoquant.evaluation.errors import DataError, ScoringError, StorageError
 from morphoquant.evaluation.protocol import Generator, Progress
 from morphoquant.evaluation.results import Evaluation, TaskResult
@@ -23,6 +23,7 @@ __all__ = [
     "StorageError",
     "TaskResult",
     "check",
+    "data_hash",
     "evaluate",
     "question_ids",
 ]

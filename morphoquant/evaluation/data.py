@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,35 @@ def doc_name(task: Task, doc: Any) -> str:
     from morphoquant.calibration import readers  # the same hash as calibration's
 
     return readers.scienceqa(doc).id
+
+
+def _folder_hash(digest: Any, folder: Path) -> None:
+    """What a saved data set holds: its tables by content (paths and times do not count)."""
+    for path in sorted(folder.rglob("*.arrow")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+
+
+def data_hash(benchmark: BenchmarkConfig, paths: PathsConfig) -> str:
+    """Identity of the questions' content: tables by content, clips by name and size.
+
+    Raises:
+        DataError: unknown task, or questions that cannot be loaded.
+    """
+    digest = hashlib.sha256()
+    for name in benchmark.tasks:
+        task = registry.find(name)
+        data = locate(task, benchmark, paths)
+        digest.update(name.encode())
+        if data is None:
+            digest.update(str(open_hub(task)._fingerprint).encode())
+            continue
+        _folder_hash(digest, data.folder)
+        if task.benchmark == "videomme":
+            for path in sorted(data.videos.iterdir()):
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
 
 
 def question_ids(benchmark: BenchmarkConfig, paths: PathsConfig) -> set[str]:

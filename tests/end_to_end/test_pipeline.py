@@ -171,3 +171,24 @@ def test_eight_bits_lose_little_and_four_bits_a_lot(configure: Callable[..., Run
     assert abs(w8a8["mean"] - fp16["mean"]) <= 2
     assert w4a4["mean"] <= fp16["mean"] - 8
     assert w8a8["reference"] == w4a4["reference"] == fp16["fingerprint"]
+
+
+def test_changed_data_is_another_run(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Same ids, other content: neither questions nor calibration may be taken for the old ones."""
+    import datasets
+
+    from morphoquant import evaluation
+
+    config = configure("benchmark=mini_scienceqa", "calibration.samples=4")
+    before = evaluation.data_hash(config.benchmark, config.paths)
+    folder = Path(config.paths.cache) / "mini" / "scienceqa"
+    rows = datasets.load_from_disk(str(folder))
+    changed = rows.map(lambda row: {"question": row["question"] + " Really?"})
+    changed.save_to_disk(str(tmp_path / "scienceqa"))
+    other = config.benchmark.model_copy(update={"data_root": str(tmp_path)})
+    assert evaluation.data_hash(other, config.paths) != before
+    rows.save_to_disk(str(tmp_path / "again" / "scienceqa"))
+    same = config.benchmark.model_copy(update={"data_root": str(tmp_path / "again")})
+    assert evaluation.question_ids(same, config.paths) == evaluation.question_ids(
+        other, config.paths
+    )
