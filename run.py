@@ -21,12 +21,12 @@ register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """One job. In a sweep a failed job leaves its reason behind and the others go on."""
-    from morphoquant.tracking.sweep import run_job
+    from morphoquant.sweep import run_job
 
     return run_job(cfg)
 
 
 if __name__ == "__main__":
-    from morphoquant.tracking.sweep import entry
+    from morphoquant.sweep import entry
 
     sys.exit(entry(main))

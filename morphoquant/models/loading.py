@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -135,6 +136,13 @@ def check(config: ModelConfig) -> Path | None:
     return folder
 
 
+@lru_cache(maxsize=1024)
+def _file_hash(path: Path, size: int, modified: int) -> bytes:
+    """sha256 of a file, once per process: a sweep asks for the same checkpoint at every job."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def _is_read(name: str) -> bool:
     if name.endswith((".safetensors", ".jinja")) or name == "merges.txt":
         return True
@@ -152,6 +160,6 @@ def model_hash(config: ModelConfig) -> str:
     relevant = sorted(p for p in folder.iterdir() if p.is_file() and _is_read(p.name))
     for path in relevant:
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        state = path.stat()
+        digest.update(_file_hash(path, state.st_size, state.st_mtime_ns))
     return digest.hexdigest()
