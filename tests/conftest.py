@@ -26,6 +26,7 @@ from morphoquant.config.schema import (
     ScopeConfig,
 )
 from morphoquant.models import loading
+from morphoquant.models.qwen_omni import text_model
 
 settings.register_profile("repeatable", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -107,6 +108,11 @@ def random_model(config: Any, seed: int = 0) -> Any:
             elif "norm" in name or "ln_" in name:
                 parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
                 parameter[::61] *= 6.0  # a few outlier channels
+        # Initialised to zero, padding would pass every sum unnoticed; a trained one is not zero.
+        embedding = text_model(model).embed_tokens.weight
+        embedding[config.text_config.pad_token_id] = (
+            3 * embedding.std() * torch.randn(embedding.shape[1])
+        )
     return model.float().eval().requires_grad_(False)
 
 

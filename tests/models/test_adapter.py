@@ -13,7 +13,7 @@ from PIL import Image
 from morphoquant.config.schema import MediaConfig, ModelConfig, ScopeConfig
 from morphoquant.models.adapter import OmniAdapter, pick_device, pick_dtype
 from morphoquant.models.loading import ModelError
-from morphoquant.models.media import MediaError
+from morphoquant.models.media import MediaError, read_clip
 
 
 def text(content: str) -> list[dict[str, Any]]:
@@ -147,18 +147,21 @@ def test_media_go_to_their_own_conversation(omni: Any) -> None:
     assert (together[0] - together[1]).abs().max() > 1e-2
 
 
-def test_every_clip_has_its_own_rate(omni: Any, one_of_each: Any, mini_root: Any) -> None:
+@pytest.mark.parametrize("limit", [2, 4, 8])
+def test_every_clip_has_its_own_rate(omni: Any, mini_root: Any, limit: int) -> None:
+    """Seconds per temporal patch follow the frames that were really taken."""
     paths = sorted((mini_root / "videos").glob("*.mp4"))[:2]
     conversations = [
         [{"role": "user", "content": [{"type": "video", "video": str(p)}]}] for p in paths
     ]
-    batch = omni.encode(conversations)
-    assert batch["video_second_per_grid"].shape == (2,)
-    from morphoquant.models.media import read_clip
-
-    rates = [read_clip(p, 2.0, 8).fps for p in paths]
-    expected = [2 / rate for rate in rates]
-    assert batch["video_second_per_grid"].tolist() == pytest.approx(expected)
+    media = MediaConfig(video_max_frames=limit)
+    adapter = OmniAdapter(
+        omni.model, omni.processor, omni.config.model_copy(update={"media": media})
+    )
+    batch = adapter.encode(conversations)
+    rates = [read_clip(p, 2.0, limit).fps for p in paths]
+    assert batch["video_second_per_grid"].tolist() == pytest.approx([2 / rate for rate in rates])
+    assert (rates[0] < 1.5) == (limit < 8)
 
 
 def test_pixels_per_image_can_be_limited(omni: Any) -> None:
