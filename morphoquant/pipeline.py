@@ -250,11 +250,12 @@ def _transform(
     settings = config.method.transform
     if settings.name == "none":
         return None
+    adapter.untie_head()
     with torch.no_grad():
         apply_transform(adapter.residual_stream(), settings)
     after = adapter.logits(probe)
     drift = largest_relative_change(before, after)
-    if adapter.model.dtype == torch.float32:
+    if adapter.model.dtype in (torch.float32, torch.float64):
         if not drift <= settings.tolerance:
             raise InvariantError(
                 f"transform {settings.name!r} moved the unquantized logits by {drift:.2e} "

@@ -54,7 +54,7 @@ class ModelConfig(Strict):
     path: str
     """A local folder, a hub id, or ``embedded:<name>`` for weights that ship with the package."""
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = None
     """CPU threads of torch; null leaves torch's own choice (one per core)."""

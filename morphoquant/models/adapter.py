@@ -42,6 +42,7 @@ def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {
+        "float64": torch.float64,
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,

@@ -45,9 +45,12 @@ def samples(config: RunConfig, result: dict[str, Any]) -> pd.DataFrame:
     return pd.read_parquet(pipeline.run_path(config, result) / "samples.parquet")
 
 
-def test_rotation_alone_gives_the_same_answers(configure: Callable[..., RunConfig]) -> None:
-    plain = configure("method=fp16", "limit=12")
-    turned = configure("method=quarot", "bits=w16a16", "limit=12")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rotation_alone_gives_the_same_answers(
+    configure: Callable[..., RunConfig], dtype: str
+) -> None:
+    plain = configure("method=fp16", "limit=12", f"model.dtype={dtype}")
+    turned = configure("method=quarot", "bits=w16a16", "limit=12", f"model.dtype={dtype}")
     first, second = pipeline.run(plain), pipeline.run(turned)
     assert second["transform_drift"] <= 1e-4
     assert first["transform_drift"] is None
