@@ -170,9 +170,11 @@ def _execute(
     with clock.phase("quantize"):
         before = adapter.logits(probe)
         drift = _transform(config, adapter, probe, before)
+        # Compared with the rewritten network: its own rounding must not pass for quantization.
+        plain = before if drift is None else adapter.logits(probe)
         quantizer = _walk(config, adapter, towers, prepared.calibration)
         after = adapter.logits(probe)
-        agreement = _agreement(config, before, after)
+        agreement = _agreement(config, plain, after)
     blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]
     manifest = quantizer.manifest if quantizer.records else describe_scope(blocks)
     directory.write_json("manifest.json", manifest.to_dict())

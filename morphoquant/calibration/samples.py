@@ -137,20 +137,27 @@ def load_samples(config: CalibrationConfig, mini_root: Path | None = None) -> Ca
         random.Random(f"{config.seed}/{source.path}/{source.split}").shuffle(order)
         pools.append((source, data, _reader(source, mini_root), order))
     drawn: list[tuple[str, Sample]] = []
+    drawn_from: dict[str, int] = {}
     while len(drawn) < wanted and any(order for *_, order in pools):
-        for source, data, read, order in pools:
+        for number, (source, data, read, order) in enumerate(pools):
             if order and len(drawn) < wanted:
                 sample = _read(source, read, data[order.pop()])
-                drawn.append((f"{_set_name(source)}/{sample.id}", sample))
+                name = f"{_set_name(source)}/{sample.id}"
+                # Rows without an id are named by their content, so a row that a data set holds
+                # twice comes back under one name: once is enough.
+                if name not in drawn_from:
+                    drawn_from[name] = number
+                    drawn.append((name, sample))
+                elif drawn_from[name] != number:
+                    raise CalibrationError(
+                        f"calibration draws {name!r} twice; are two sources the same?"
+                    )
     if len(drawn) < wanted:
         raise CalibrationError(
             f"calibration.samples + search_samples asks for {wanted} prompts, the sources hold "
             f"{len(drawn)}; lower one or add a source"
         )
     ids = tuple(name for name, _ in drawn)
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise CalibrationError(f"calibration draws {twice!r} twice; are two sources the same?")
     samples = tuple(sample for _, sample in drawn)
     return Calibration(samples[: config.samples], samples[config.samples :], ids)
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from morphoquant.errors import ActivationError
 from morphoquant.models.structure import MODALITIES, Modality
 
 ROWS = 4096  # rows converted to float64 at a time, to bound memory on wide layers
@@ -41,12 +42,12 @@ class ChannelStatistics:
         """Add rows [rows, channels].
 
         Raises:
-            ValueError: a value is NaN or infinite (the sums would be silently void).
+            ActivationError: a value is NaN or infinite (the sums would be silently void).
         """
         if x.shape[0] == 0:
             return
         if not torch.isfinite(x).all():
-            raise ValueError("activation statistics met a NaN or infinite value")
+            raise ActivationError("activation statistics met a NaN or infinite value")
         for rows in x.split(ROWS):
             part = ChannelStatistics.__new__(ChannelStatistics)
             values = rows.double()

@@ -25,7 +25,8 @@ def outlier_mask(statistics: ChannelStatistics, config: MaskConfig) -> torch.Ten
     score = statistics.dispersion(config.score)
     channels = score.numel()
     threshold = score.mean() + config.std_threshold * score.std(unbiased=channels > 1)
-    mask = score >= threshold
+    # Where all channels are alike the threshold is their mean, and none of them stands out.
+    mask = (score >= threshold) & (score.max() > score.min())
     allowed = int(config.max_share * channels)
     if int(mask.sum()) > allowed:
         # A stable sort: of equal scores the lower channel number stays, on every device.

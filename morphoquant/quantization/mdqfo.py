@@ -17,6 +17,7 @@ import math
 import torch
 
 from morphoquant.config.schema import CompensationConfig, RangeConfig
+from morphoquant.errors import ActivationError
 from morphoquant.quantization.ranges import StaticGrid, StaticRange
 
 TIE = 1e-6  # losses closer than this (relative) count as equal; the larger ratio wins
@@ -103,7 +104,7 @@ class RangeSearch:
         """float64 [candidates, channels], never negative.
 
         Raises:
-            ValueError: the search samples brought a NaN or infinite value.
+            ActivationError: the search samples brought a NaN or infinite value.
         """
         tiny = torch.finfo(torch.float64).tiny
         loss = self.error / self.norm.clamp_min(tiny)
@@ -118,7 +119,7 @@ class RangeSearch:
             silent = self.energy == 0
             loss = loss + self.config.cosine_weight * turned.masked_fill(silent, 0.0)
         if not torch.isfinite(loss).all():
-            raise ValueError(
+            raise ActivationError(
                 "range search met a NaN or infinite value, or |x|^p beyond float32; "
                 "check the search samples or lower method.activation.range.p"
             )

@@ -171,3 +171,17 @@ def test_batches_are_a_partition_by_modality(kinds: list[str], size: int) -> Non
     assert all(len({s.modality for s in g}) == 1 for g in groups)
     full = Counter(kinds)
     assert len(groups) == sum(-(-count // size) for count in full.values())
+
+
+def test_a_row_that_a_set_holds_twice_is_drawn_once(
+    calibration_config: Make, mini_root: Path, tmp_path: Path
+) -> None:
+    import datasets
+
+    rows = datasets.load_from_disk(str(mini_root / "scienceqa"))["calibration"].select(range(4))
+    doubled = datasets.concatenate_datasets([rows, rows])
+    datasets.DatasetDict({"calibration": doubled}).save_to_disk(str(tmp_path / "sqa"))
+    found = load_samples(
+        calibration_config(sources=(source(str(tmp_path / "sqa")),), samples=4, search_samples=0)
+    )
+    assert sorted(found.ids) == sorted(f"scienceqa/{name}" for name in rows["id"])

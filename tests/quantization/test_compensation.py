@@ -212,3 +212,8 @@ def test_mean_score_mask_is_free_of_scale_and_repetition(power: int, times: int)
     assert torch.equal(
         outlier_mask(seen(x), config), outlier_mask(seen(x.repeat(times, 1) * 2.0**power), config)
     )
+
+
+def test_channels_that_are_all_alike_have_no_outlier() -> None:
+    rows = activations()[:, :1].repeat(1, 24)
+    assert not outlier_mask(seen(rows), MaskConfig(max_share=1.0)).any()
