@@ -74,6 +74,7 @@ def test_sweep_ends_in_a_table_and_survives_a_kill(tmp_path: Path) -> None:
     assert list(frame["method"]) == ["fp16", "rtn", "quarot"]
     assert (table.with_suffix(".md")).is_file()
     assert list((whole / "runs").glob("*/wandb/offline-run-*")), "wandb mirrors, offline"
+    assert {path.name for path in whole.iterdir()} == {"runs", "cache"}, "nothing is left outside"
 
     process = subprocess.Popen(
         command(broken, *sweep),
