@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from morphoquant import evaluation
 from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig, TrackerConfig
 from morphoquant.errors import HarnessError
+from morphoquant.record import describe_slots, flat, record_statistics
 from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
 from morphoquant.tracking.progress import progress, progress_callback
 from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory
@@ -83,7 +84,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         try:
             result = _execute(config, prepared, directory, tracker)
             result["reference"] = reference["fingerprint"] if reference else None
-            tracker.summary(_flat(result))
+            tracker.summary(flat(result))
             directory.finish(result)
         finally:
             tracker.finish()
@@ -178,7 +179,7 @@ def _execute(
     blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]
     manifest = quantizer.manifest if quantizer.records else describe_scope(blocks)
     directory.write_json("manifest.json", manifest.to_dict())
-    scalars = _record_statistics(config, quantizer, directory, tracker)
+    scalars = record_statistics(config, quantizer, directory, tracker)
     reset_counters(blocks)
     with clock.phase("evaluate"):
         title = f"Evaluating {config.method.name} {config.bits.scheme}"
@@ -343,75 +344,3 @@ def _count_on_probe(
         manifest.counted_on = "calibration"
         samples = _probe_samples(calibration, 1)
         adapter.generate([s.messages for s in samples], max_new_tokens=2)
-
-
-# ----------------------------------------------------------------------------- record
-
-
-def _record_statistics(
-    config: RunConfig, quantizer: BlockQuantizer, directory: RunDirectory, tracker: Tracker
-) -> dict[str, float]:
-    """Outlier statistics to parquet and the tracker; a few scalars for the result."""
-    if not quantizer.collected:
-        return {}
-    import pandas as pd
-
-    from morphoquant.calibration.outliers import channel_columns, outlier_rows, overlap_rows
-
-    outliers = pd.DataFrame(outlier_rows(quantizer.collected))
-    overlap = pd.DataFrame(overlap_rows(quantizer.collected, config.statistics.outlier_share))
-    directory.write_table("outliers", outliers)
-    directory.write_table("overlap", overlap)
-    directory.write_table("channels", pd.DataFrame(channel_columns(quantizer.collected)))
-    tracker.table("outliers", outliers)
-    tracker.table("overlap", overlap)
-    scalars = {}
-    for name in ("max_over_median", "kurtosis_p99", "dispersion_log1p_max"):
-        for modality, value in outliers.groupby("modality")[name].median().items():
-            scalars[f"{name}/{modality}"] = float(value)
-    if not overlap.empty:
-        named = overlap.assign(pair=overlap["modality_a"] + "-" + overlap["modality_b"])
-        for pair, value in named.groupby("pair")["jaccard"].mean().items():
-            scalars[f"outlier_overlap/{pair}"] = float(value)
-    tracker.log({f"outliers/{name}": value for name, value in scalars.items()})
-    return scalars
-
-
-def describe_slots(method: MethodConfig) -> dict[str, str]:
-    """Each slot in a few words, for tables and footnotes."""
-    transform, weight = method.transform, method.weight
-    activation, compensation = method.activation, method.compensation
-    parts = [p for p in ("r1", "r2", "r4") if getattr(transform, p)]
-    described = {
-        "transform": "none" if transform.name == "none" else f"{transform.name} {'+'.join(parts)}",
-        "weight": "none",
-        "activation": "none",
-        "compensation": "none",
-    }
-    if weight.format == "int":
-        granularity = weight.granularity.replace("_", "-")
-        group = f" {weight.group_size}" if weight.granularity == "per_group" else ""
-        described["weight"] = f"int {granularity}{group} {weight.algorithm}, {weight.clip}"
-    elif weight.format != "none":
-        double = " + double quantization" if weight.double_quantization else ""
-        described["weight"] = f"{weight.format}{double}"
-    if activation.format != "none":
-        described["activation"] = (
-            f"{activation.format} {activation.granularity.replace('_', '-')} {activation.mode}, "
-            f"{activation.range.name}"
-        )
-    if compensation.name != "none":
-        described["compensation"] = f"{compensation.name}, {compensation.reading} reading"
-    return described
-
-
-def _flat(result: dict[str, Any]) -> dict[str, Any]:
-    """Scalars of the result, for the tracker's summary."""
-    flat: dict[str, Any] = {"mean_accuracy": result["mean"]}
-    for name, row in result["accuracy"].items():
-        flat |= {f"{name}/{key}": value for key, value in row.items()}
-    for name, row in result["modality"].items():
-        flat[f"modality/{name}"] = row["value"]
-    flat |= {f"bits/{name}": value for name, value in result["bits"].items()}
-    flat |= {f"seconds/{name}": value for name, value in result["seconds"].items()}
-    return flat
