@@ -61,8 +61,9 @@ class FoldedWeight:
         k = self.codes.shape[1]
         scale = expand_slices(self.scale.double(), k, "per_group", self.group_width)
         step = self.step.double()
-        values = self.codes.double() * scale / torch.where(step > 0, step, 1.0)
-        values = values.to(self.panel.dtype)
+        # In place where that is safe: on a large layer these are the largest tensors around.
+        values = self.codes.to(torch.float64, copy=True).mul_(scale)
+        values = values.div_(torch.where(step > 0, step, 1.0)).to(self.panel.dtype)
         values[:, self.channels] = self.panel
         return values
 
@@ -117,7 +118,7 @@ def fold_weight(
     step = grid.step.detach().expand(k).clone()
     out = mask if mask is not None and exclude_masked else torch.zeros_like(step, dtype=torch.bool)
     channels = out.nonzero().flatten()
-    folded = (weight.double() * step.double()).masked_fill(out, 0.0)
+    folded = (weight.double() * step.double()).masked_fill_(out, 0.0)
     panel = weight[:, channels].clone()
     if bits == UNQUANTIZED:
         one = torch.ones_like(folded[:, :1])

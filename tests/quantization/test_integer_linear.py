@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -59,74 +59,54 @@ def simulated(
     return F.linear(through, folded.dequantized, bias)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor) -> None:
-    """To 1e-12 of the magnitude of what was summed."""
-    assert torch.isfinite(found).all()
-    assert ((found - expected).abs() <= 1e-12 * terms + 1e-300).all()
-
-
-def magnitude(
-    x: torch.Tensor, folded: FoldedWeight, grid: StaticGrid, bias: torch.Tensor
-) -> torch.Tensor:
-    """Sum of magnitudes of all terms of every output: what rounding errors are relative to."""
-    both = x.abs() + grid(x).abs() + (grid.offset * grid.step).abs()
-    return both @ folded.dequantized.abs().T + bias.abs()
-
-
-cases = {
-    "tokens": st.integers(1, 4),
-    "rows": st.integers(1, 5),
-    "channels": st.integers(1, 40),
-    "seed": st.integers(0, 9999),
-    "share": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    "affine": st.booleans(),
-    "group": st.sampled_from([None, 1, 3, 8, 64]),
-    "weight_bits": st.sampled_from([2, 4, 8]),
-    "bits": st.sampled_from([2, 4, 8]),
-}
-
-
-@given(**cases)
-def test_panel_equals_the_simulation(
-    tokens: int,
-    rows: int,
-    channels: int,
-    seed: int,
-    share: float,
-    affine: bool,
-    group: int | None,
-    weight_bits: int,
-    bits: int,
+def assert_variants_equal_the_simulation(
+    case: Case, bits: int, group: int | None, limit: torch.Tensor | None
 ) -> None:
-    """M13, channel reading: outlier channels left out of the codes."""
-    x, weight, bias, grid, mask = drawn(tokens, rows, channels, seed, share, affine, bits)
-    folded = fold_weight(weight, grid, mask, weight_bits, group)
-    found = IntegerLinear(folded, grid, bias)(x)
-    expected = simulated(x, folded, grid, bias, DynamicCompensation(mask))
-    assert_same(found, expected, magnitude(x, folded, grid, bias))
+    """S left out; S in the codes, without residual, with all of it, and with it past a limit.
+
+    To 1e-12 of the sum of the magnitudes of all terms of an output.
+    """
+    x, weight, bias, grid, mask = case
+    apart = fold_weight(weight, grid, mask, bits, group)
+    whole = fold_weight(weight, grid, mask, bits, group, exclude_masked=False)
+    every, gated = DynamicCompensation(mask), DynamicCompensation(mask, limit)
+    sizes = x.abs() + grid(x).abs() + (grid.offset * grid.step).abs()
+    for folded, residual, reference in (
+        (apart, None, every),
+        (whole, None, None),
+        (whole, every, every),
+        (whole, gated, gated),
+    ):
+        found = IntegerLinear(folded, grid, bias, residual)(x)
+        error = (found - simulated(x, folded, grid, bias, reference)).abs()
+        terms = sizes @ folded.dequantized.abs().T + bias.abs()
+        assert torch.isfinite(found).all()
+        assert (error <= 1e-12 * terms + 1e-300).all()
 
 
-@given(**cases, gate=st.sampled_from([None, 0.0, 0.8, 1.0, 1.5]))
-def test_residual_equals_the_simulation(
-    tokens: int,
-    rows: int,
-    channels: int,
+@given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40)),
+    seed=st.integers(0, 9999),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    affine=st.booleans(),
+    group=st.sampled_from([None, 1, 3, 8, 64]),
+    bits=st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([2, 4, 8])),
+    gate=st.sampled_from([None, 0.0, 0.8, 1.0, 1.5]),
+)
+@settings(max_examples=60)
+def test_equals_the_simulation(
+    sizes: tuple[int, int, int],
     seed: int,
     share: float,
     affine: bool,
     group: int | None,
-    weight_bits: int,
-    bits: int,
+    bits: tuple[int, int],
     gate: float | None,
 ) -> None:
-    """M13, both readings with outlier channels in the codes, and no compensation at all."""
-    x, weight, bias, grid, mask = drawn(tokens, rows, channels, seed, share, affine, bits)
-    folded = fold_weight(weight, grid, mask, weight_bits, group, exclude_masked=False)
-    limit = None if gate is None else limits(grid, gate)
-    terms = magnitude(x, folded, grid, bias)
-    for residual in (None, DynamicCompensation(mask, limit)):
-        found = IntegerLinear(folded, grid, bias, residual)(x)
-        assert_same(found, simulated(x, folded, grid, bias, residual), terms)
+    """M13."""
+    case = drawn(*sizes, seed, share, affine, bits[0])
+    limit = None if gate is None else limits(case[3], gate)
+    assert_variants_equal_the_simulation(case, bits[1], group, limit)
 
 
 @pytest.mark.parametrize("group", [None, 1, 3])
@@ -153,22 +133,9 @@ def test_adversarial_channels(group: int | None, masked: str, scale: float) -> N
     weight = torch.randn(4, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight[1] = 0
     bias = torch.zeros(4, dtype=torch.float64)
-    mask = {"none": [], "some": [0, 3, 5], "all": list(range(10))}[masked]
-    chosen_mask = torch.zeros(10, dtype=torch.bool)
-    chosen_mask[mask] = True
-    whole = fold_weight(weight, grid, chosen_mask, 4, group, exclude_masked=False)
-    apart = fold_weight(weight, grid, chosen_mask, 4, group)
-    every = DynamicCompensation(chosen_mask)
-    gated = DynamicCompensation(chosen_mask, 0.8 * edge)
-    for folded, residual, reference in (
-        (apart, None, every),
-        (whole, None, None),
-        (whole, every, every),
-        (whole, gated, gated),
-    ):
-        found = IntegerLinear(folded, grid, bias, residual)(x)
-        terms = magnitude(x, folded, grid, bias)
-        assert_same(found, simulated(x, folded, grid, bias, reference), terms)
+    mask = torch.zeros(10, dtype=torch.bool)
+    mask[{"none": [], "some": [0, 3, 5], "all": list(range(10))}[masked]] = True
+    assert_variants_equal_the_simulation((x, weight, bias, grid, mask), 4, group, 0.8 * edge)
 
 
 @given(
