@@ -1,22 +1,17 @@
-"""Streaming statistics against one-shot references, and what they must not depend on."""
+"""Statistics per modality: what they must not depend on, and where histograms come in."""
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+import math
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from morphoquant.calibration import statistics
 from morphoquant.calibration.statistics import ChannelStatistics, ModalityStatistics
+from morphoquant.errors import ActivationError
 from morphoquant.models.structure import MODALITIES, Modality
-
-MOMENTS = ("mean", "m2", "m3", "m4", "abs_sum")
 
 
 def activations(rows: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -27,157 +22,22 @@ def activations(rows: int, channels: int, seed: int = 0) -> torch.Tensor:
     return x * scale + torch.randn(channels, generator=draw) * scale
 
 
-def seen(*parts: torch.Tensor) -> ChannelStatistics:
-    found = ChannelStatistics(parts[0].shape[1])
-    for part in parts:
-        found.update(part)
+def seen(x: torch.Tensor) -> ChannelStatistics:
+    found = ChannelStatistics(x.shape[1])
+    found.update(x)
     return found
 
 
-def assert_same(a: ChannelStatistics, b: ChannelStatistics, tolerance: float = 1e-9) -> None:
+def assert_same(a: ChannelStatistics, b: ChannelStatistics) -> None:
     """Ranges bitwise; every central sum close relative to its natural size."""
     assert a.n == b.n
     assert torch.equal(a.lo, b.lo)
     assert torch.equal(a.hi, b.hi)
-    size = b.rms.clamp_min(1e-300)
-    for power, name in enumerate(MOMENTS[:4], start=1):
-        bound = tolerance * size**power * (1 if name == "mean" else b.n) * (1 + b.crest**power)
-        assert ((getattr(a, name) - getattr(b, name)).abs() <= bound).all(), name
-    assert torch.allclose(a.abs_sum, b.abs_sum, rtol=tolerance, atol=0)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 500])
-def test_one_shot_reference(rows: int) -> None:
-    """M6 against numpy in float64."""
-    x = activations(rows, 33)
-    found, values = seen(x), x.double().numpy()
-    assert found.n == rows
-    assert torch.equal(found.lo, x.amin(0))
-    assert torch.equal(found.hi, x.amax(0))
-    np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found.abs_mean, np.abs(values).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found.std, values.std(0), rtol=1e-10)
-    np.testing.assert_allclose(found.rms, np.sqrt((values**2).mean(0)), rtol=1e-12)
-    np.testing.assert_allclose(found.absmax, np.abs(values).max(0), rtol=0)
-    centred = values - values.mean(0)
-    np.testing.assert_allclose(found.m4, (centred**4).sum(0), rtol=1e-10)
-
-
-@given(
-    cuts=st.lists(st.integers(0, 300), max_size=6),
-    order=st.randoms(use_true_random=False),
-    seed=st.integers(0, 5),
-)
-def test_split_and_order_do_not_matter(cuts: list[int], order: Any, seed: int) -> None:
-    """M6 and M7: any split of the rows into batches, in any order."""
-    x = activations(300, 9, seed)
-    edges = [0, *sorted(cuts), 300]
-    parts = [x[a:b] for a, b in itertools.pairwise(edges)]
-    order.shuffle(parts)
-    assert_same(seen(*parts), seen(x))
-
-
-def test_internal_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = activations(300, 5)
-    whole = seen(x)
-    monkeypatch.setattr(statistics, "ROWS", 7)
-    assert_same(seen(x), whole)
-
-
-@given(sizes=st.tuples(*[st.integers(0, 60)] * 3))
-def test_merge_is_associative_and_commutative(sizes: tuple[int, int, int]) -> None:
-    assume(any(sizes))
-    parts = [seen(activations(size, 6, seed)) for seed, size in enumerate(sizes)]
-    left = ChannelStatistics.merged([ChannelStatistics.merged(parts[:2]), parts[2]])
-    right = ChannelStatistics.merged([parts[0], ChannelStatistics.merged(parts[1:])])
-    turned = ChannelStatistics.merged(reversed(parts))
-    assert_same(left, right)
-    assert_same(left, turned)
-
-
-def test_merge_leaves_the_other_alone() -> None:
-    a, b = seen(activations(10, 4)), seen(activations(20, 4, 1))
-    before = b.m4.clone()
-    a.merge(b)
-    a.update(activations(5, 4))
-    assert torch.equal(b.m4, before)
-    assert b.n == 20
-
-
-def test_kurtosis_is_scipys() -> None:
-    x = activations(400, 12)
-    expected = scipy.stats.kurtosis(x.double().numpy(), axis=0, fisher=True, bias=True)
-    streamed = seen(*x.split(37)).excess_kurtosis
-    np.testing.assert_allclose(streamed, expected, rtol=1e-8)
-    assert (streamed > 3).any(), "cubed normals are heavy-tailed"
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e-20])
-def test_constant_channel(value: float) -> None:
-    """Zero, not 0/0 and not the kurtosis of rounding noise."""
-    found = seen(torch.full((7, 2), value), torch.full((6, 2), value))
-    assert found.excess_kurtosis.tolist() == [0.0, 0.0]
-    assert torch.isfinite(found.crest).all()
-    assert found.crest.tolist() == pytest.approx([0.0 if value == 0 else 1.0] * 2)
-    assert found.dispersion("log1p").tolist() == [0.0, 0.0]
-    assert found.dispersion("mean").tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_is_refused(bad: float) -> None:
-    x = activations(10, 4)
-    x[3, 2] = bad
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        seen(x)
-
-
-def test_bfloat16_is_counted_exactly() -> None:
-    x = activations(2000, 6).bfloat16()
-    found = seen(x)
-    assert torch.equal(found.lo, x.float().amin(0))
-    np.testing.assert_allclose(found.mean, x.double().mean(0), rtol=1e-10)
-    np.testing.assert_allclose(found.abs_mean, x.double().abs().mean(0), rtol=1e-12)
-
-
-# ----------------------------------------------------------------------------- dispersion
-
-
-def test_dispersion_formulas() -> None:
-    x = activations(50, 8)
-    spread = (x.amax(0) - x.amin(0)).double()
-    mean = x.double().abs().mean(0)
-    torch.testing.assert_close(seen(x).dispersion("mean"), spread / (mean + 1e-5))
-    torch.testing.assert_close(seen(x).dispersion("log1p"), spread / torch.log(1 + mean + 1e-5))
-
-
-@given(times=st.integers(2, 6))
-def test_dispersion_ignores_repeated_tokens(times: int) -> None:
-    """M8, and that the paper's formula (sum instead of mean) does not have this property."""
-    x = activations(40, 8)
-    once, often = seen(x), seen(*[x] * times)
-    for score in ("log1p", "mean"):
-        torch.testing.assert_close(once.dispersion(score), often.dispersion(score))
-
-    def literal(s: ChannelStatistics) -> torch.Tensor:
-        return (s.hi - s.lo).double() / s.abs_sum.log()
-
-    assert not torch.allclose(literal(once), literal(often), rtol=1e-2)
-
-
-def test_scale_behaviour() -> None:
-    """M9: the mean score is free of scale, log1p grows with magnitude."""
-    x = activations(60, 8).abs() + 1.0
-    for power in (-2, 3, 10):
-        factor = 2.0**power
-        a, b = seen(x), seen(x * factor)
-        torch.testing.assert_close(a.dispersion("mean"), b.dispersion("mean"), rtol=1e-4, atol=0)
-        torch.testing.assert_close(a.excess_kurtosis, b.excess_kurtosis)
-        torch.testing.assert_close(a.crest, b.crest)
-        grown = b.dispersion("log1p") > a.dispersion("log1p")
-        assert bool(grown.all()) is (power > 0)
-
-
-# ----------------------------------------------------------------------------- modalities
+    size = a.n * b.absmax.clamp_min(1e-300)
+    for power, name in enumerate(("abs_sum", "m2", "m3", "m4"), start=1):
+        difference = getattr(a, name) - getattr(b, name)
+        assert (difference.abs() <= 1e-9 * size * b.absmax ** (power - 1)).all(), name
+    assert ((a.mean - b.mean).abs() <= 1e-12 * b.absmax).all()
 
 
 @given(
@@ -235,3 +95,142 @@ def test_merge_of_modalities() -> None:
     for modality in MODALITIES:
         assert_same(first.parts[modality], whole.parts[modality])
     assert list(first.present) == list(Modality)[1:]
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts, padded left, right and not at all; the second starts with an image."""
+    labels = torch.tensor([[-1, -1, 0, 1, 0], [1, 0, 0, -1, -1], [0, 3, 3, 0, 2]])
+    x = activations(15, 4).reshape(3, 5, 4)
+    x[labels < 0] = torch.nan
+    return x, labels.to(torch.int8)
+
+
+def test_first_tokens_of_prompts() -> None:
+    """By hand: tokens 2 and 0 of prompts 0 and 2 are text, token 0 of prompt 1 is an image."""
+    x, labels = prompts()
+    found = ModalityStatistics(4)
+    for one in range(3):
+        found.update(x[one : one + 1], labels[one : one + 1])
+    energy = x.double().square().sum(-1)
+    text = energy[labels == 0].sum()
+    shares = {m: d.tokens.first_share for m, d in found.distributions.items()}
+    assert shares[Modality.TEXT] == pytest.approx(float((energy[0, 2] + energy[2, 0]) / text))
+    assert shares[Modality.IMAGE] == pytest.approx(float(energy[1, 0] / energy[labels == 1].sum()))
+    assert shares[Modality.AUDIO] == 0.0
+    pooled = found.pooled_distribution()
+    assert pooled is not None
+    assert pooled.tokens.first_share == pytest.approx(
+        float((energy[0, 2] + energy[2, 0] + energy[1, 0]) / energy[labels >= 0].sum())
+    )
+
+
+def test_prompts_of_padding_only_have_no_first_token() -> None:
+    x, labels = prompts()
+    whole, padded = ModalityStatistics(4), ModalityStatistics(4)
+    whole.update(x, labels)
+    nothing = torch.full_like(labels[:1], -1)
+    padded.update(torch.cat([x[:1] * torch.nan, x]), torch.cat([nothing, labels]))
+    for modality, one in whole.distributions.items():
+        assert padded.distributions[modality].tokens.first_share == one.tokens.first_share
+    assert_same(padded.pooled(), whole.pooled())
+
+
+def test_rows_without_prompts_have_no_first_token() -> None:
+    x, labels = prompts()
+    found = ModalityStatistics(4)
+    found.update(x.reshape(-1, 4), labels.reshape(-1))
+    assert all(math.isnan(d.tokens.first_share) for d in found.distributions.values())
+
+
+def test_histograms_see_what_the_moments_see() -> None:
+    x, labels = prompts()
+    found = ModalityStatistics(4)
+    found.update(x, labels)
+    assert set(found.distributions) == set(found.present)
+    for modality, part in found.present.items():
+        layer = found.distributions[modality]
+        assert int(layer.magnitudes.counts.sum()) == 4 * part.n
+        assert int(layer.tokens.counts.sum()) == part.n
+        assert layer.magnitudes.quantile(1.0) == pytest.approx(float(part.absmax.max()), rel=2**-8)
+        energy = (part.m2 + part.n * part.mean**2).sum()
+        assert float(layer.tokens.energy.sum()) == pytest.approx(float(energy))
+
+
+def test_histograms_are_optional() -> None:
+    """Moments and ranges are bitwise the same without them."""
+    x, labels = prompts()
+    with_them, without = ModalityStatistics(4), ModalityStatistics(4, histograms=False)
+    with_them.update(x, labels)
+    without.update(x, labels)
+    assert without.distributions == {}
+    assert without.pooled_distribution() is None
+    for modality in MODALITIES:
+        assert torch.equal(without.parts[modality].m4, with_them.parts[modality].m4)
+
+
+@given(cut=st.integers(0, 3))
+def test_merge_of_histograms(cut: int) -> None:
+    x, labels = prompts()
+    whole, first, second = (ModalityStatistics(4) for _ in range(3))
+    whole.update(x, labels)
+    first.update(x[:cut], labels[:cut])
+    second.update(x[cut:], labels[cut:])
+    first.merge(second)
+    assert set(first.distributions) == set(whole.distributions)
+    for modality, layer in whole.distributions.items():
+        merged = first.distributions[modality]
+        assert torch.equal(merged.magnitudes.counts, layer.magnitudes.counts)
+        assert torch.equal(merged.tokens.counts, layer.tokens.counts)
+        assert merged.tokens.first_share == pytest.approx(layer.tokens.first_share)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_is_refused(bad: float) -> None:
+    x, labels = activations(6, 3), torch.arange(6) % 4
+    x[4, 1] = bad
+    with pytest.raises(ActivationError, match="NaN or infinite"):
+        ModalityStatistics(3).update(x, labels)
+
+
+@pytest.mark.parametrize("kind", [-1, 0, 3])
+def test_one_label_for_all(kind: int) -> None:
+    """Towers: nothing is gathered, and a batch of padding alone is nothing."""
+    x = activations(50, 3)
+    found = ModalityStatistics(3)
+    found.update(x, torch.full((50,), kind, dtype=torch.int8))
+    assert list(found.present) == ([] if kind < 0 else [Modality(kind)])
+    if kind >= 0:
+        assert_same(found.parts[Modality(kind)], seen(x))
+
+
+def test_no_rows() -> None:
+    found = ModalityStatistics(3)
+    found.update(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int8))
+    found.update(torch.zeros(0, 5, 3), torch.zeros(0, 5, dtype=torch.int8))
+    assert found.present == {}
+
+
+def test_cpu_returns_itself() -> None:
+    x, labels = prompts()
+    found = ModalityStatistics(4)
+    found.update(x, labels)
+    before = found.pooled().m4
+    assert found.cpu() is found
+    assert torch.equal(found.pooled().m4, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu() -> None:
+    """Ranges and counts exactly; ``cpu`` brings every tensor back."""
+    x, labels = activations(600, 40).reshape(6, 100, 40), torch.randint(-1, 4, (6, 100))
+    there, here = ModalityStatistics(40, "cuda"), ModalityStatistics(40)
+    there.update(x.cuda(), labels.cuda())
+    here.update(x, labels)
+    there.cpu()
+    for modality, part in here.present.items():
+        assert_same(there.parts[modality], part)
+        a, b = there.distributions[modality], here.distributions[modality]
+        assert torch.equal(a.magnitudes.counts, b.magnitudes.counts)
+        assert torch.equal(a.tokens.counts, b.tokens.counts)
+        assert a.tokens.first_share == pytest.approx(b.tokens.first_share)
