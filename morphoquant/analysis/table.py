@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,30 @@ SHARED = {
     "model": lambda run: run["model"],
 }
 """What rows of one table must have in common, or be told apart by a footnote."""
+
+TITLE = "Accuracy in percent (difference to fp16 in points)"
+TEXT = ("method", "scheme", "factor", "choice", "setting", "variant", "verdict")
+"""Columns of words, shown left-aligned; all others are numbers."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished table: its numbers for whoever computes on, its cells for whoever reads."""
+
+    title: str
+    frame: pd.DataFrame
+    """Numbers as numbers, for CSV and figures."""
+    cells: pd.DataFrame
+    """The same rows as they are shown: rounded, an interval in one cell."""
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """The table in GitHub's markdown, with its footnotes."""
+        return to_markdown(self.cells, self.notes)
+
+    def show(self) -> None:
+        """The table in the terminal."""
+        print_rich(self.cells, self.notes, self.title)
 
 
 def load_runs(directories: Sequence[Path], root: Path | None = None) -> list[dict[str, Any]]:
@@ -140,6 +165,24 @@ def comparison(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader has to know: what differs between the rows, and how large the noise is."""
+    notes = unequal(runs)
+    sizes = {name: run["accuracy"][name]["n"] for run in runs for name in run["accuracy"]}
+    smallest = min(sizes.values(), default=0)
+    if smallest:
+        worst = 100 * math.sqrt(0.25 / smallest)
+        counted = ", ".join(f"{name} {n}" for name, n in sizes.items())
+        notes.append(
+            f"Questions: {counted}. One binomial standard error is up to {worst:.1f} points at "
+            f"n = {smallest}: smaller differences mean nothing without a paired test."
+        )
+    notes += caveats(runs)
+    if any(run["method"] != "fp16" for run in runs):
+        notes.append("Simulated (fake) quantization: the seconds are not a speed of low precision.")
+    return notes
+
+
+def unequal(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """One footnote for everything in ``SHARED`` that the rows do not share."""
     notes, labels = [], row_labels(runs)
     for what, read in SHARED.items():
         groups: dict[str, list[str]] = {}
@@ -155,15 +198,12 @@ def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
                 for i, (value, names) in enumerate(groups.items(), 1)
             )
             notes.append(f"Not the same {what} in every row: {shown}.")
-    sizes = {name: run["accuracy"][name]["n"] for run in runs for name in run["accuracy"]}
-    smallest = min(sizes.values(), default=0)
-    if smallest:
-        worst = 100 * math.sqrt(0.25 / smallest)
-        counted = ", ".join(f"{name} {n}" for name, n in sizes.items())
-        notes.append(
-            f"Questions: {counted}. One binomial standard error is up to {worst:.1f} points at "
-            f"n = {smallest}: smaller differences mean nothing without a paired test."
-        )
+    return notes
+
+
+def caveats(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What the accuracies themselves hold that is not the methods' doing."""
+    notes = []
     unparsed = [run for run in runs if any(a["unparsed"] for a in run["accuracy"].values())]
     if unparsed:
         notes.append(
@@ -176,8 +216,6 @@ def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
             "The embedded model is for plumbing, regressions and the direction of effects: it "
             "cannot rank good methods." + (" Its outliers are engineered." if engineered else "")
         )
-    if any(run["method"] != "fp16" for run in runs):
-        notes.append("Simulated (fake) quantization: the seconds are not a speed of low precision.")
     return notes
 
 
@@ -225,26 +263,27 @@ def to_markdown(frame: pd.DataFrame, notes: Sequence[str] = ()) -> str:
     """The table in GitHub's markdown, with its footnotes."""
     headers, rows = _cells(frame)
     lines = ["| " + " | ".join(headers) + " |"]
-    lines.append("|" + "|".join(["---"] * 2 + ["---:"] * (len(headers) - 2)) + "|")
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines.append("|" + "|".join("---" if h in TEXT else "---:" for h in headers) + "|")
+    lines += ["| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |" for cells in rows]
     lines += [""] + [f"{i}. {note}" for i, note in enumerate(notes, 1)]
     return "\n".join(lines) + "\n"
 
 
-def print_rich(frame: pd.DataFrame, notes: Sequence[str] = ()) -> None:
+def print_rich(frame: pd.DataFrame, notes: Sequence[str] = (), title: str = TITLE) -> None:
     """The table in the terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 190))
     headers, rows = _cells(frame)
-    shown = Table(title="Accuracy in percent (difference to fp16 in points)", title_justify="left")
-    for i, header in enumerate(headers):
-        shown.add_column(header, justify="left" if i < 2 else "right")
+    shown = Table(title=title, title_justify="left")
+    for header in headers:
+        shown.add_column(header, justify="left" if header in TEXT else "right")
     for cells in rows:
-        shown.add_row(*cells)
+        shown.add_row(*map(escape, cells))
     console.print(shown)
     for i, note in enumerate(notes, 1):
-        console.print(f"{i}. {note}", highlight=False)
+        console.print(f"{i}. {note}", highlight=False, markup=False)

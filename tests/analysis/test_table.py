@@ -187,3 +187,13 @@ def test_markdown_and_terminal_show_the_same_cells(capsys: pytest.CaptureFixture
         assert cell in printed
         assert cell in markdown
     assert "Δ" not in markdown
+
+
+def test_brackets_and_bars_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = [{"overrides": "a=[x] b={c|d}", "error": "allowed: [red]"}]
+    frame, notes = table.with_failures(table.comparison([FP16]), failed), ["allowed: [red]"]
+    table.print_rich(frame, notes)
+    printed = capsys.readouterr().out
+    assert "a=[x] b={c|d}" in printed
+    assert "allowed: [red]" in printed
+    assert r"b={c\|d}" in table.to_markdown(frame)
