@@ -149,15 +149,12 @@ class ChannelStatistics:
         return self._central(4)
 
     def _central(self, power: int) -> torch.Tensor:
-        value = self._about(self.mean)[power].masked_fill(self.constant, 0.0)
+        # Constant channels give exactly zero: all that is left of them are whole multiples of the
+        # last bit of the mean, and these add up without rounding.
+        value = self._about(self.mean)[power]
         return value if power == 3 else value.clamp_min(0.0)
 
     # ------------------------------------------------------------------- derived, each [channels]
-
-    @property
-    def constant(self) -> torch.Tensor:
-        """bool; True where all rows were equal (or none was seen)."""
-        return self.hi <= self.lo
 
     @property
     def absmax(self) -> torch.Tensor:

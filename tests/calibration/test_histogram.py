@@ -84,6 +84,12 @@ def test_range_of_the_octaves() -> None:
     assert edges.quantile(1.0) == 2.0**23
 
 
+def test_rank_is_not_pushed_up_by_rounding() -> None:
+    """0.07 * 100 is 7.000000000000001 in floating point; 7 % of 100 values are seven."""
+    found = seen(torch.arange(1.0, 101.0).reshape(10, 10))
+    assert found.magnitudes.quantile(0.07) == 7.0
+
+
 def test_sign_does_not_matter() -> None:
     x = activations(20, 7)
     assert torch.equal(seen(x).magnitudes.counts, seen(-x).magnitudes.counts)
@@ -148,9 +154,11 @@ def test_all_energy_is_kept() -> None:
 
 def test_buckets_of_tokens_are_sixteen_to_an_octave() -> None:
     tokens = TokenEnergies()
-    tokens.update(torch.linspace(1, 2, 10001, dtype=torch.float64)[:-1])
-    # Rounding moves the topmost values to 2, and a bucket's members with their neighbours.
-    assert int((tokens.counts > 0).sum()) == 17
+    tokens.update(1 + torch.arange(128, dtype=torch.float64) / 128)
+    assert tokens.counts[tokens.counts > 0].tolist() == [8] * 16
+    ends = TokenEnergies()
+    ends.update(torch.tensor([0.0, 2.0**-40, 2.0**23.99, 1e30], dtype=torch.float64))
+    assert ends.counts[[0, 1, -1]].tolist() == [1, 1, 2]
 
 
 def test_first_share() -> None:
