@@ -20,7 +20,7 @@ from morphoquant.errors import HarnessError
 from morphoquant.record import describe_slots, flat, record_statistics
 from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
 from morphoquant.tracking.progress import progress, progress_callback
-from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory
+from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory, write_atomic
 from morphoquant.tracking.wandb_mirror import Tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ class Prepared:
 
     calibration: Calibration
     identity: dict[str, Any]
+    leaked: int
+    """Calibration samples that are evaluated too; 0 unless the calibration's name says so."""
 
 
 def _prepare(config: RunConfig) -> Prepared:
@@ -111,8 +113,14 @@ def _prepare(config: RunConfig) -> Prepared:
     evaluation.check(config.benchmark, config.paths)
     calibration = load_samples(config.calibration, _mini_root(config))
     questions = evaluation.question_ids(config.benchmark, config.paths)
-    check_disjoint(calibration.ids, questions)
-    described = config.model_dump(exclude={"tracker", "paths", "reference"}, mode="json")
+    leaked = len(set(calibration.ids) & questions)
+    if not config.calibration.allow_leakage:
+        check_disjoint(calibration.ids, questions)
+    described = config.model_dump(
+        exclude={"tracker": True, "paths": True, "reference": True, "report": True}
+        | {"statistics": {"figures"}},
+        mode="json",
+    )
     identity = {
         "config": described,
         "code": code_hash(),
@@ -123,7 +131,7 @@ def _prepare(config: RunConfig) -> Prepared:
         "question_ids": fingerprint({"ids": sorted(questions)})[:16],
         "question_data": evaluation.data_hash(config.benchmark, config.paths),
     }
-    return Prepared(calibration, identity)
+    return Prepared(calibration, identity, leaked)
 
 
 def _mini_root(config: RunConfig) -> Path | None:
@@ -160,13 +168,13 @@ def _execute(
 ) -> dict[str, Any]:
     from morphoquant.models.adapter import OmniAdapter
     from morphoquant.quantization.manifest import complete, describe_scope, reset_counters
+    from morphoquant.quantization.serialize import save_quantizers
 
     clock, started = Clock(), time.perf_counter()
     with clock.phase("load"):
         adapter = OmniAdapter.load(config.model)
-    probe = adapter.encode(
-        [s.messages for s in _probe_samples(prepared.calibration, PROBES_PER_MODALITY)]
-    )
+    asked = _probe_samples(prepared.calibration, PROBES_PER_MODALITY)
+    probe = adapter.encode([sample.messages for sample in asked])
     towers = [t for t in ("vision", "audio", "decoder") if getattr(config.model.scope, t)]
     with clock.phase("quantize"):
         before = adapter.logits(probe)
@@ -175,11 +183,14 @@ def _execute(
         plain = before if drift is None else adapter.logits(probe)
         quantizer = _walk(config, adapter, towers, prepared.calibration)
         after = adapter.logits(probe)
-        agreement = _agreement(config, plain, after)
+        agreement = _agreement(config, plain, after, [sample.modality for sample in asked])
     blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]
     manifest = quantizer.manifest if quantizer.records else describe_scope(blocks)
     directory.write_json("manifest.json", manifest.to_dict())
     scalars = record_statistics(config, quantizer, directory, tracker)
+    if quantizer.is_static:
+        kept = directory.path / "quantizers.safetensors"
+        write_atomic(kept, lambda path: save_quantizers(blocks, path))
     reset_counters(blocks)
     with clock.phase("evaluate"):
         title = f"Evaluating {config.method.name} {config.bits.scheme}"
@@ -213,12 +224,15 @@ def _execute(
             "samples": config.calibration.samples,
             "search_samples": config.calibration.search_samples,
             "ids_hash": prepared.calibration.ids_hash,
+            "name": config.calibration.name,
+            "leaked": prepared.leaked,
         },
         "question_ids": prepared.identity["question_ids"],
         "accuracy": accuracy,
         "modality": found.by_modality(),
         "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy),
         "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
+        "compensation": manifest.compensation_cost(),
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
         "transform_drift": drift,
         "logits": agreement,
@@ -280,32 +294,45 @@ def _walk(
     """Slots 2 to 4, block by block."""
     from morphoquant.calibration.samples import batches
     from morphoquant.calibration.walk import walk
-    from morphoquant.quantization.engine import SEARCH, STATISTICS, BlockQuantizer
+    from morphoquant.quantization import engine
+    from morphoquant.quantization.survey import survey
 
-    quantizer = BlockQuantizer(config.method, config.bits, observe=config.statistics.enabled)
-    if not (quantizer.observe or config.method.quantizes or config.method.transform.name != "none"):
+    settings = config.statistics
+    quantizer = engine.BlockQuantizer(
+        config.method, config.bits, observe=settings.enabled, histograms=settings.histograms
+    )
+    changes = config.method.quantizes or config.method.transform.name != "none"
+    if not (quantizer.observe or changes):
         return quantizer
     size = config.calibration.batch_size
 
     def encoded(samples: Any) -> list[Any]:
         return [adapter.encode([s.messages for s in group]) for group in batches(samples, size)]
 
-    sets = {STATISTICS: encoded(calibration.samples)}
+    sets = {engine.STATISTICS: encoded(calibration.samples)}
     if quantizer.searches and calibration.search:
-        sets[SEARCH] = encoded(calibration.search)
+        sets[engine.SEARCH] = encoded(calibration.search)
+    early: tuple[str, ...] = ()
+    if config.method.quantizes and settings.enabled and settings.probes:
+        probes = encoded(_probe_samples(calibration, settings.probes))
+        sets |= {engine.PROBE: probes, engine.PROBE_QUANTIZED: probes}
+        early = (engine.PROBE,)
+    quantizer.moments = survey(adapter, towers, sets[engine.STATISTICS], config.method, config.bits)
     count = sum(len(adapter.blocks(tower)) for tower in towers)
     title = f"Quantizing {config.method.name} {config.bits.scheme}"
     if not config.method.quantizes:
         title = f"Observing {config.method.name}"
     with progress(title, count, unit="blocks") as step:
-        walk(adapter, towers, sets, quantizer, step)
+        walk(adapter, towers, sets, quantizer, step, early)
+    if quantizer.needs_labels:
+        adapter.follow_labels(quantizer.labels)
     return quantizer
 
 
 def _agreement(
-    config: RunConfig, before: torch.Tensor, after: torch.Tensor
-) -> dict[str, float] | None:
-    """How far quantization moved the probe logits.
+    config: RunConfig, before: torch.Tensor, after: torch.Tensor, modalities: list[str]
+) -> dict[str, Any] | None:
+    """How far quantization moved the probe logits: KL divergence and agreement of the best token.
 
     Raises:
         InvariantError: not at all (nothing was quantized), or to NaN.
@@ -327,10 +354,14 @@ def _agreement(
             f"nothing was quantized"
         )
     p, q = before.log_softmax(-1), after.log_softmax(-1)
-    return {
-        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
-        "top1_agreement": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
-    }
+    divergence = (p.exp() * (p - q)).sum(-1)
+    agree = (before.argmax(-1) == after.argmax(-1)).double()
+    found: dict[str, Any] = {"kl": float(divergence.mean()), "top1_agreement": float(agree.mean())}
+    for name in sorted(set(modalities)):
+        rows = torch.tensor([m == name for m in modalities], device=divergence.device)
+        found[f"kl/{name}"] = float(divergence[rows].mean())
+        found[f"top1_agreement/{name}"] = float(agree[rows].mean())
+    return found
 
 
 def _count_on_probe(

@@ -9,35 +9,105 @@ from morphoquant.tracking.rundir import RunDirectory
 from morphoquant.tracking.wandb_mirror import Tracker
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from morphoquant.quantization.engine import BlockQuantizer
 
 
 def record_statistics(
     config: RunConfig, quantizer: BlockQuantizer, directory: RunDirectory, tracker: Tracker
 ) -> dict[str, float]:
-    """Outlier statistics to parquet and the tracker; a few scalars for the result."""
-    if not quantizer.collected:
+    """The atlas of one run: tables to parquet and the tracker, figures, scalars for the result."""
+    tables = statistics_tables(config, quantizer)
+    if not tables:
         return {}
+    for name, frame in tables.items():
+        directory.write_table(name, frame)
+        if name not in PER_CHANNEL:
+            tracker.table(name, frame)
+    scalars = _scalars(tables)
+    tracker.log({f"statistics/{name}": value for name, value in scalars.items()})
+    if config.statistics.figures:
+        from morphoquant.analysis.figures import save_figures
+
+        for path in save_figures(directory.path, tables):
+            tracker.figure(path.stem, path)
+    return scalars
+
+
+PER_CHANNEL = ("channels", "ranges")
+"""Tables with a row per channel: too long for a tracker."""
+
+
+def statistics_tables(config: RunConfig, quantizer: BlockQuantizer) -> dict[str, pd.DataFrame]:
+    """Name -> table; tables that this run has nothing for are left out.
+
+    ``outliers``, ``overlap`` and ``channels`` describe the activations, ``ranges`` the static
+    choices per channel, ``errors`` what was lost per layer, group and modality, ``depth`` how the
+    error grows from block to block.
+    """
     import pandas as pd
 
     from morphoquant.calibration.outliers import channel_columns, outlier_rows, overlap_rows
 
-    outliers = pd.DataFrame(outlier_rows(quantizer.collected))
-    overlap = pd.DataFrame(overlap_rows(quantizer.collected, config.statistics.outlier_share))
-    directory.write_table("outliers", outliers)
-    directory.write_table("overlap", overlap)
-    directory.write_table("channels", pd.DataFrame(channel_columns(quantizer.collected)))
-    tracker.table("outliers", outliers)
-    tracker.table("overlap", overlap)
-    scalars = {}
-    for name in ("max_over_median", "kurtosis_p99", "dispersion_log1p_max"):
-        for modality, value in outliers.groupby("modality")[name].median().items():
-            scalars[f"{name}/{modality}"] = float(value)
-    if not overlap.empty:
+    collected = quantizer.collected
+    found = {}
+    if collected:
+        share = config.statistics.outlier_share
+        found["outliers"] = pd.DataFrame(outlier_rows(collected))
+        found["overlap"] = pd.DataFrame(overlap_rows(collected, share))
+        found["channels"] = pd.DataFrame(channel_columns(collected))
+        found["ranges"] = pd.DataFrame(range_columns(quantizer))
+    found["errors"] = pd.DataFrame(quantizer.meter.errors)
+    found["depth"] = pd.DataFrame(quantizer.meter.depth)
+    return {name: frame for name, frame in found.items() if not frame.empty}
+
+
+def range_columns(quantizer: BlockQuantizer) -> dict[str, list[Any]]:
+    """Per channel of every statically quantized group: start, final range, ratio, mask."""
+    columns: dict[str, list[Any]] = {}
+    for (layer, group), choice in quantizer.choices.items():
+        count = choice.final.lo.numel()
+        ratios = [1.0] * count if choice.ratios is None else choice.ratios.tolist()
+        masked = [False] * count if choice.mask is None else choice.mask.tolist()
+        values: dict[str, list[Any]] = {
+            "layer": [layer] * count,
+            "group": [group] * count,
+            "channel": list(range(count)),
+            "lo": choice.final.lo.tolist(),
+            "hi": choice.final.hi.tolist(),
+            "start_lo": choice.start.lo.tolist(),
+            "start_hi": choice.start.hi.tolist(),
+            "ratio": ratios,
+            "masked": masked if len(masked) == count else [False] * count,
+        }
+        for name, value in values.items():
+            columns.setdefault(name, []).extend(value)
+    return columns
+
+
+def _scalars(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
+    """Medians over layers, by modality: what a sweep's plots compare."""
+    scalars: dict[str, float] = {}
+
+    def medians(table: str, columns: tuple[str, ...]) -> None:
+        for name in columns if table in tables else ():
+            for modality, value in tables[table].groupby("modality")[name].median().items():
+                scalars[f"{name}/{modality}"] = float(value)
+
+    medians("outliers", ("max_over_median", "kurtosis_p99", "dispersion_log1p_max"))
+    medians("errors", ("activation_sqnr_db", "output_sqnr_db"))
+    if "overlap" in tables:
+        overlap = tables["overlap"]
         named = overlap.assign(pair=overlap["modality_a"] + "-" + overlap["modality_b"])
         for pair, value in named.groupby("pair")["jaccard"].mean().items():
             scalars[f"outlier_overlap/{pair}"] = float(value)
-    tracker.log({f"outliers/{name}": value for name, value in scalars.items()})
+    if "depth" in tables:
+        depth = tables["depth"]
+        decoder = depth[depth["tower"] == "decoder"]
+        last = decoder[decoder["block"] == decoder["block"].max()]
+        for _, row in last.iterrows():
+            scalars[f"final_relative_error/{row['modality']}"] = float(row["relative_error"])
     return scalars
 
 
@@ -55,7 +125,8 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
     if weight.format == "int":
         granularity = weight.granularity.replace("_", "-")
         group = f" {weight.group_size}" if weight.granularity == "per_group" else ""
-        described["weight"] = f"int {granularity}{group} {weight.algorithm}, {weight.clip}"
+        folded = ", activation scales folded in" if weight.fold else ""
+        described["weight"] = f"int {granularity}{group} {weight.algorithm}, {weight.clip}{folded}"
     elif weight.format != "none":
         double = " + double quantization" if weight.double_quantization else ""
         described["weight"] = f"{weight.format}{double}"
@@ -64,8 +135,11 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
             f"{activation.format} {activation.granularity.replace('_', '-')} {activation.mode}, "
             f"{activation.range.name}"
         )
-    if compensation.name != "none":
+    if compensation.name == "dabc":
         described["compensation"] = f"{compensation.name}, {compensation.reading} reading"
+    elif compensation.name != "none":
+        per = " per modality" if compensation.per_modality else ""
+        described["compensation"] = f"{compensation.name}{per}"
     return described
 
 

@@ -168,6 +168,7 @@ def walk(
     batches: Mapping[str, Sequence[Batch]],
     visitor: Visitor,
     progress: Callable[[int], None] | None = None,
+    early: Sequence[str] = (),
 ) -> None:
     """Visit every block of the given towers, in the order in which data flows.
 
@@ -179,10 +180,16 @@ def walk(
         batches: named sets of encoded prompts (``statistics``, ``search``).
         visitor: what happens at a block.
         progress: called with 1 after every block.
+        early: sets that enter every tower before the visitor has changed anything; the others
+            enter the decoder through the towers as they are then.
     """
     order: tuple[Tower, ...] = ("vision", "audio", "decoder")
+    first = {t: {n: enter(adapter, t, batches[n]) for n in early} for t in towers}
     for tower in (t for t in order if t in towers):
-        segments = {name: enter(adapter, tower, group) for name, group in batches.items()}
+        segments = first.pop(tower)
+        for name, group in batches.items():
+            if name not in early:
+                segments[name] = enter(adapter, tower, group)
         for index, block in enumerate(adapter.blocks(tower)):
             visitor.visit(index, block, segments)
             if progress is not None:

@@ -14,7 +14,14 @@ def check(cfg: RunConfig) -> None:
     Raises:
         ConfigError: all broken rules, one per line.
     """
-    broken = [*_weight(cfg), *_activation(cfg), *_compensation(cfg), *_model(cfg), *_data(cfg)]
+    broken = [
+        *_weight(cfg),
+        *_activation(cfg),
+        *_search(cfg),
+        *_compensation(cfg),
+        *_model(cfg),
+        *_data(cfg),
+    ]
     if broken:
         raise ConfigError("\n".join(broken))
 
@@ -27,6 +34,37 @@ def _weight(cfg: RunConfig) -> Iterator[str]:
             "Set method.weight.fallback_format=int to use integers at other widths, or "
             "bits.weight=4."
         )
+    if not weight.fold:
+        return
+    if weight.format != "int" or weight.granularity == "per_tensor" or not weight.symmetric:
+        yield (
+            f"method.weight.fold=true with method.weight.format={weight.format!r}, granularity="
+            f"{weight.granularity!r}, symmetric={weight.symmetric}: scales are folded into "
+            "symmetric integers per output channel or per group. Set method/weight=int_folded."
+        )
+    if not _is_static_per_channel(cfg):
+        yield (
+            f"method.weight.fold=true with {_activation_words(cfg)}: only static scales per "
+            "channel can be folded into the weight. Set method/activation=per_channel_static (or "
+            "per_channel_mdqfo), or method.weight.fold=false."
+        )
+
+
+def _is_static_per_channel(cfg: RunConfig) -> bool:
+    activation = cfg.method.activation
+    return (
+        activation.format != "none"
+        and activation.granularity == "per_channel"
+        and activation.mode == "static"
+    )
+
+
+def _activation_words(cfg: RunConfig) -> str:
+    activation = cfg.method.activation
+    return (
+        f"method.activation.format={activation.format!r}, granularity="
+        f"{activation.granularity!r}, mode={activation.mode!r}"
+    )
 
 
 def _activation(cfg: RunConfig) -> Iterator[str]:
@@ -51,32 +89,94 @@ def _activation(cfg: RunConfig) -> Iterator[str]:
             f"{where} with method.activation.mode='static': tokens are not known in calibration. "
             "Set method.activation.mode=dynamic, or method.activation.granularity=per_channel."
         )
-    found = activation.range
-    searchable = activation.granularity == "per_channel" and activation.mode == "static"
-    if found.name == "mdqfo" and not searchable:
+    if activation.grid != "restricted" and not activation.symmetric:
         yield (
-            f"method.activation.range.name='mdqfo' with {where}, mode={activation.mode!r}: the "
+            f"method.activation.grid={activation.grid!r} with method.activation.symmetric=false: "
+            "the grids differ for symmetric ranges only. Set method.activation.symmetric=true, or "
+            "method.activation.grid=restricted."
+        )
+
+
+def _search(cfg: RunConfig) -> Iterator[str]:
+    found = cfg.method.activation.range
+    if found.name != "mdqfo":
+        return
+    where = "method.activation.range"
+    if not _is_static_per_channel(cfg):
+        yield (
+            f"{where}.name='mdqfo' with {_activation_words(cfg)}: the "
             "search is over static channel ranges. Set method/activation=per_channel_mdqfo, or "
-            "method.activation.range.name=minmax."
+            f"{where}.name=minmax."
         )
-    if found.name == "mdqfo" and found.clip_ratio != 1.0:
+    if found.clip_ratio != 1.0:
         yield (
-            f"method.activation.range.clip_ratio={found.clip_ratio} with range.name='mdqfo': the "
-            "search already shrinks every range. Set method.activation.range.clip_ratio=1.0."
+            f"{where}.clip_ratio={found.clip_ratio} with {where}.name='mdqfo': the "
+            f"search already shrinks every range. Set {where}.clip_ratio=1.0."
         )
+    joint = found.cosine == "token" and found.cosine_weight > 0
+    if joint and found.ratio_per == "channel" and found.optimizer == "grid":
+        yield (
+            f"{where}.cosine='token' with {where}.ratio_per='channel': a token's direction depends "
+            "on all channels at once, so a grid of ratios per channel cannot be searched one by "
+            f"one. Set {where}.ratio_per=mask_group, or {where}.optimizer=gradient."
+        )
+    if found.output_weighting and found.ratio_per == "channel" and not joint:
+        yield (
+            f"{where}.output_weighting=true with {where}.ratio_per='channel': every channel "
+            f"chooses for itself, so weights between channels change nothing. Set "
+            f"{where}.ratio_per=mask_group, or output_weighting=false."
+        )
+    if found.upstream == "quantized" and cfg.calibration.search_samples == 0:
+        yield (
+            f"{where}.upstream='quantized' with calibration.search_samples=0: the search would "
+            "hand quantized activations to the statistics of the next block. Set "
+            f"calibration.search_samples=32, or {where}.upstream=unquantized."
+        )
+    if found.optimizer == "gradient":
+        if found.ratio_per != "channel":
+            yield (
+                f"{where}.optimizer='gradient' with {where}.ratio_per={found.ratio_per!r}: it "
+                f"learns a ratio per channel. Set {where}.ratio_per=channel, or optimizer=grid."
+            )
+        if found.accumulate != "sum" or found.upstream != "unquantized":
+            yield (
+                f"{where}.optimizer='gradient' with {where}.accumulate={found.accumulate!r}, "
+                f"upstream={found.upstream!r}: both belong to the grid. Set accumulate=sum and "
+                "upstream=unquantized, or optimizer=grid."
+            )
 
 
 def _compensation(cfg: RunConfig) -> Iterator[str]:
-    compensation, activation = cfg.method.compensation, cfg.method.activation
-    if compensation.name != "dabc":
+    compensation = cfg.method.compensation
+    if compensation.name == "none":
         return
-    static = activation.granularity == "per_channel" and activation.mode == "static"
-    if activation.format == "none" or not static:
+    if not _is_static_per_channel(cfg):
+        what = {
+            "dabc": "it returns the residual of static channel ranges",
+            "static_bias": "the mean residual is known for static ranges only",
+        }[compensation.name]
         yield (
-            f"method.compensation.name='dabc' with method.activation.format={activation.format!r}, "
-            f"granularity={activation.granularity!r}, mode={activation.mode!r}: it returns the "
-            "residual of static channel ranges. Set method/activation=per_channel_static (or "
-            "per_channel_mdqfo), or method/compensation=none."
+            f"method.compensation.name={compensation.name!r} with {_activation_words(cfg)}: "
+            f"{what}. Set method/activation=per_channel_static (or per_channel_mdqfo), or "
+            "method/compensation=none."
+        )
+    if compensation.per_modality and compensation.name != "static_bias":
+        yield (
+            f"method.compensation.per_modality=true with name={compensation.name!r}: what is "
+            "returned per token needs no modality. Set method/compensation="
+            "static_bias_per_modality, or per_modality=false."
+        )
+    mask = compensation.mask
+    if not mask.rules and not mask.all_channels:
+        yield (
+            "method.compensation.mask.rules=[] with mask.all_channels=[]: nothing would be "
+            "compensated. Set mask.rules=[local], or method/compensation=none."
+        )
+    if mask.score == "log_l1" and mask.modalities == "union":
+        yield (
+            "method.compensation.mask.score='log_l1' with mask.modalities='union': this score "
+            "grows with the number of tokens, which differs between modalities. Set mask.score="
+            "log1p, or mask.modalities=pooled."
         )
 
 
@@ -121,6 +221,12 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             )
     if not cfg.calibration.sources:
         yield "calibration.sources: empty. Choose a group, e.g. calibration=mini."
+    if cfg.calibration.allow_leakage and "leak" not in cfg.calibration.name:
+        yield (
+            f"calibration.allow_leakage=true with calibration.name={cfg.calibration.name!r}: a "
+            "calibration that is also evaluated has to say so. Give it a name with 'leak' in it, "
+            "or set calibration.allow_leakage=false."
+        )
     repeated = {t for t in cfg.benchmark.tasks if cfg.benchmark.tasks.count(t) > 1}
     if repeated:
         yield f"benchmark.tasks: named twice: {', '.join(sorted(repeated))}. Name each once."

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 PositiveInt = Annotated[int, Field(ge=1)]
+Rule = Literal["local", "global", "top_share"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -93,6 +94,9 @@ class WeightConfig(Strict):
     """NF4 only: block scales are themselves stored in 8 bits (QLoRA)."""
     fallback_format: Literal["int"] | None = None
     """NF4 exists at 4 bits only; the format used at other widths, or null to refuse them."""
+    fold: bool = False
+    """Integers only: fold static channel scales of the activation into the weight before it is
+    rounded, and keep compensated channels' columns in 16 bits: the deployable path (SPEC 2.11)."""
 
 
 class RangeConfig(Strict):
@@ -101,12 +105,37 @@ class RangeConfig(Strict):
     name: Literal["minmax", "mdqfo"] = "minmax"
     clip_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Factor on the min-max range (QuaRot's paper uses 0.9)."""
-    # --- MDQFO (SPEC 2.7): grid search over shrink ratios
+    masked_edge: Literal["far", "near"] = "far"
+    """Where dynamically compensated channels of both signs start: at max(|lo|, |hi|), or at
+    min(|lo|, |hi|), since what lies beyond is returned anyway (SPEC 2.6)."""
+    shrink: Literal["far_edge", "towards_zero"] = "far_edge"
+    """How a range of one sign shrinks: from its far edge, or (wasting levels) both edges times
+    the ratio, as the public implementation does."""
+    # --- MDQFO (SPEC 2.7): search over shrink ratios
     search: bool = True
+    optimizer: Literal["grid", "gradient"] = "grid"
+    """Try every ratio of a grid, or learn ratios by gradient steps (straight-through)."""
     p: Annotated[float, Field(gt=0.0, le=8.0)] = 2.0
+    normalize: bool = True
+    """Divide the error by the activation's own p-norm, so that the cosine's weight means the same
+    in every layer; false takes the mean of |error|^p as it is."""
     cosine_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    cosine: Literal["channel", "token"] = "channel"
+    """Of a channel's values over all tokens, or of a token's values over all channels."""
+    ratio_per: Literal["channel", "mask_group"] = "channel"
+    """One ratio for every channel, or one for all masked and one for all other channels."""
+    output_weighting: bool = False
+    """Weigh channels by the squared norm of the weight columns that read them."""
     candidates: Annotated[int, Field(ge=1, le=1000)] = 15
     min_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    accumulate: Literal["sum", "ema"] = "sum"
+    """Over batches: exact sums, or a moving average that depends on their order."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    upstream: Literal["unquantized", "quantized"] = "unquantized"
+    """What the search sees: activations behind unquantized or behind quantized activations."""
+    steps: PositiveInt = 10
+    """Gradient: steps per search batch."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.02
     chunk_mb: PositiveInt = 256
     """Upper bound of the search's working memory, MiB."""
 
@@ -118,6 +147,8 @@ class ActivationConfig(Strict):
     granularity: Literal["per_tensor", "per_token", "per_channel", "per_group"] = "per_token"
     mode: Literal["dynamic", "static"] = "dynamic"
     symmetric: bool = True
+    grid: Literal["restricted", "full", "sym15"] = "restricted"
+    """Symmetric grid: codes -Q..Q, -Q-1..Q at the same step, or -Q-1..Q with step 2a/(2^b-1)."""
     affine_when_sign_constant: bool = False
     """Static per channel: channels that never change sign get a grid over [lo, hi] (SPEC 2.6)."""
     group_size: PositiveInt = 128
@@ -127,21 +158,32 @@ class ActivationConfig(Strict):
 class MaskConfig(Strict):
     """Which input channels count as long-tailed outliers (SPEC 2.2, 2.3)."""
 
-    score: Literal["log1p", "mean"] = "log1p"
+    score: Literal["log1p", "mean", "log_l1", "log_mean", "absmax"] = "log1p"
+    rules: tuple[Rule, ...] = Field(default=("local",), strict=False)
+    """A channel is marked when one of them marks it. ``local``: score >= mean + std_threshold *
+    std within its layer; ``global``: the same over all layers; ``top_share``: the layer's best."""
     std_threshold: float = 2.0
-    """A channel is marked when its score reaches mean + std_threshold * std within its layer."""
+    pooling: Literal["channels", "layers"] = "channels"
+    """Global: over all channels of all linears, or the mean of the layers' means and deviations."""
+    top_share: Share = 0.05
     max_share: Share = 0.03
-    """Cap on the marked share of a layer's channels; the highest scores win."""
+    """Cap on the share of a layer's channels that rules may mark; the highest scores win."""
+    modalities: Literal["pooled", "union"] = "pooled"
+    """Score all tokens together, or each modality by itself and join the marks."""
+    all_channels: tuple[str, ...] = Field(default=(), strict=False)
+    """Linears (patterns such as ``*.down_proj``) whose channels are all marked, past the cap."""
 
 
 class CompensationConfig(Strict):
     """Slot 4: what is done about what the grid lost."""
 
-    name: Literal["none", "dabc"] = "none"
+    name: Literal["none", "dabc", "static_bias"] = "none"
     reading: Literal["channel", "element"] = "channel"
     """DABC: all of a masked channel's residual (paper eq. 7) or only elements past the gate."""
     gate: Annotated[float, Field(ge=0.0)] = 1.0
     """Element reading: an element bypasses when |x| > gate * range edge (SPEC 2.4, gamma)."""
+    per_modality: bool = False
+    """Static bias: one vector for every modality, or one for all tokens (SPEC 2.5)."""
     mask: MaskConfig = MaskConfig()
 
 
@@ -198,6 +240,8 @@ class CalibrationConfig(Strict):
     """Further prompts, disjoint from the first, for the range search; 0 searches on the first."""
     batch_size: PositiveInt = 8
     seed: int = 0
+    allow_leakage: bool = False
+    """Let samples be calibrated on and evaluated. Only under a name that says that it leaks."""
 
 
 class BenchmarkConfig(Strict):
@@ -233,6 +277,11 @@ class StatisticsConfig(Strict):
     enabled: bool = True
     outlier_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of a layer's channels that counts as its outlier set, for overlaps."""
+    histograms: bool = True
+    """Quantiles of |x| and shares of massive tokens, per layer and modality."""
+    probes: Annotated[int, Field(ge=0)] = 4
+    """Calibration prompts of every modality on which errors are measured; 0 measures none."""
+    figures: bool = True
 
 
 class RunConfig(Strict):
@@ -246,6 +295,8 @@ class RunConfig(Strict):
     paths: PathsConfig = PathsConfig()
     reference: bool = True
     """Measure the unquantized model in the same harness too (once per sweep)."""
+    report: Literal["comparison", "ablation", "table3"] = "comparison"
+    """Which table a sweep ends in."""
     seed: int = 0
 
     @model_validator(mode="after")

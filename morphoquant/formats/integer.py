@@ -219,17 +219,18 @@ def fake_quantize_activation(
     group_size: int = 128,
     symmetric: bool = True,
     clip_ratio: float = 1.0,
+    symmetric_grid: GridKind = "restricted",
 ) -> torch.Tensor:
     """Dynamic fake quantization: every slice spans its own values, times ``clip_ratio``.
 
     Args:
         x: [..., channels].
-        symmetric: the ``restricted`` grid, else the ``asymmetric`` one.
+        symmetric: the ``symmetric_grid``, else the ``asymmetric`` one.
 
     Returns:
         [..., channels] in the dtype of ``x``.
     """
-    grid = Grid(bits, "restricted" if symmetric else "asymmetric")
+    grid = Grid(bits, symmetric_grid if symmetric else "asymmetric")
     parts = []
     for part in slices(x, granularity, group_size):
         bounds = torch.aminmax(part, dim=-1, keepdim=True)

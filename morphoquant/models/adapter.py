@@ -19,7 +19,7 @@ from morphoquant.models import qwen_omni
 from morphoquant.models.loading import ModelError, check
 from morphoquant.models.media import SAMPLE_RATE, as_rgb, as_waveform, read_clip
 from morphoquant.models.messages import Conversation, Generation
-from morphoquant.models.structure import Block, ResidualStream, Tower
+from morphoquant.models.structure import Block, ResidualStream, TokenLabels, Tower
 
 Batch = dict[str, torch.Tensor]
 
@@ -114,6 +114,23 @@ class OmniAdapter:
         return qwen_omni.modality_map(
             self.model.config, batch["input_ids"], batch["attention_mask"]
         )
+
+    def follow_labels(self, labels: TokenLabels) -> None:
+        """Keep ``labels`` at the modality of the tokens of every forward pass from now on.
+
+        While an answer is written the pass holds the new tokens only, which are text.
+        """
+
+        def note(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+            tokens = inputs.get("input_ids")
+            if tokens is None:
+                labels.current = None
+                return
+            mask = inputs.get("attention_mask")
+            seen = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
+            labels.current = qwen_omni.modality_map(self.model.config, tokens, seen)
+
+        self.model.register_forward_pre_hook(note, with_kwargs=True)
 
     # ----------------------------------------------------------------- encoding
 

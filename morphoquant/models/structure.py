@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
+import torch
 from torch import nn
 
 Tower = Literal["decoder", "vision", "audio"]
@@ -27,6 +28,23 @@ class Modality(IntEnum):
 
 
 MODALITIES = (Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
+
+
+class TokenLabels:
+    """The modality labels of the forward pass under way, for what depends on a token's modality.
+
+    Attributes:
+        current: int8 [batch, tokens] of :class:`Modality`, or None outside the decoder.
+    """
+
+    def __init__(self) -> None:
+        self.current: torch.Tensor | None = None
+
+    def matching(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Labels of the rows of ``x`` [..., channels], or None where they have another shape."""
+        if self.current is None or self.current.shape != x.shape[:-1]:
+            return None
+        return self.current
 
 
 @dataclass(frozen=True)

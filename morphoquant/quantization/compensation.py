@@ -1,40 +1,27 @@
-"""Slot 4: dynamic bias compensation of outlier channels, DABC (SPEC 2.2 - 2.5).
+"""Slot 4: what is done about the residual of outlier channels (SPEC 2.4, 2.5).
 
-The outlier mask comes from the dispersion of calibration activations. At run time the residual
-``x - x_hat`` of masked channels goes through the quantized weight and is added to the output,
-which is the same as letting those values through unquantized:
-``W (x_hat + (x - x_hat) * E) = W (E ? x : x_hat)``.
+Dynamic (DABC): the residual ``x - x_hat`` of masked channels goes through the quantized weight and
+is added to the output, which is the same as letting those values through unquantized:
+``W (x_hat + (x - x_hat) * E) = W (E ? x : x_hat)``. It preserves every outlier and costs a second,
+skinny product in 16 bits.
+
+Static: only the *mean* residual of masked channels is returned, ``delta_b = W E[(x - x_hat) * m]``,
+one vector for all tokens or one per modality. It folds into the bias and costs nothing.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from morphoquant.calibration.statistics import ChannelStatistics
-from morphoquant.config.schema import CompensationConfig, MaskConfig
+from morphoquant.config.schema import CompensationConfig
+from morphoquant.models.structure import MODALITIES
 from morphoquant.quantization.ranges import StaticRange
 
-
-def outlier_mask(statistics: ChannelStatistics, config: MaskConfig) -> torch.Tensor:
-    """Long-tailed channels of one input group, bool [channels].
-
-    A channel is marked when its dispersion reaches mean + threshold * std over the group's
-    channels; of more than ``max_share`` of them, the highest scores stay.
-    """
-    score = statistics.dispersion(config.score)
-    channels = score.numel()
-    threshold = score.mean() + config.std_threshold * score.std(unbiased=channels > 1)
-    # Where all channels are alike the threshold is their mean, and none of them stands out.
-    mask = (score >= threshold) & (score.max() > score.min())
-    allowed = int(config.max_share * channels)
-    if int(mask.sum()) > allowed:
-        # A stable sort: of equal scores the lower channel number stays, on every device.
-        ranked = torch.sort(score, descending=True, stable=True).indices[:allowed]
-        capped = torch.zeros_like(mask)
-        capped[ranked] = True
-        mask &= capped
-    return mask
+Returned = tuple[torch.Tensor, torch.Tensor | int]
+"""(x_tilde [..., channels], number of elements that bypassed the grid)."""
 
 
 class DynamicCompensation(nn.Module):
@@ -62,19 +49,119 @@ class DynamicCompensation(nn.Module):
         return self.mask & (x.abs() > self.limit)
 
     def forward(
-        self, x: torch.Tensor, rounded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | int]:
-        """(x, x_hat) [..., channels] -> (x_tilde, number of elements that bypassed)."""
+        self, x: torch.Tensor, rounded: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> Returned:
+        """(x, x_hat) [..., channels] -> x_tilde and how many elements bypassed."""
         gate = self.gate(x)
         tokens = x.numel() // x.shape[-1]
         bypassed = self.masked * tokens if self.limit is None else gate.sum()
         return torch.where(gate, x, rounded), bypassed
 
+    def flops_per_token(self, outputs: int) -> int:
+        """Extra operations of the 16-bit product, for ``outputs`` output channels."""
+        return 2 * self.masked * outputs
+
+
+class StaticBias(nn.Module):
+    """Adds the mean residual of masked channels, which is a bias behind the linear.
+
+    Args:
+        residual: float32 [1, channels], for all tokens, or [1 + modalities, channels]: that row
+            first, then one for every modality in the order of ``MODALITIES``. Zero outside the
+            mask.
+        mask: bool [channels].
+    """
+
+    residual: torch.Tensor
+    mask: torch.Tensor
+
+    def __init__(self, residual: torch.Tensor, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("residual", residual)
+        self.register_buffer("mask", mask)
+        self.masked = int(mask.sum())
+
+    @property
+    def per_modality(self) -> bool:
+        return self.residual.shape[0] > 1
+
+    def forward(
+        self, x: torch.Tensor, rounded: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> Returned:
+        """x_hat plus the residual of each token's modality (of all, without labels)."""
+        if self.per_modality and labels is not None:
+            # Padding is labelled -1 and takes the row of all tokens.
+            offset = self.residual[labels.long().clamp_min(-1) + 1]
+        else:
+            offset = self.residual[0]
+        return rounded + offset.to(rounded.dtype), 0
+
+    def bias(self, weight: torch.Tensor) -> torch.Tensor:
+        """What to add to the bias of a linear with ``weight`` [out, in]: [rows, out]."""
+        return self.residual.to(weight.dtype) @ weight.T
+
+    def flops_per_token(self, outputs: int) -> int:
+        return 0
+
+
+class ResidualMeans:
+    """Accumulates the mean residual of masked channels by modality (SPEC 2.5, ii).
+
+    Args:
+        mask: bool [channels].
+    """
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.mask = mask
+        shape = (len(MODALITIES), mask.numel())
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=mask.device)
+        self.counts = torch.zeros(shape[0], dtype=torch.float64, device=mask.device)
+
+    def update(self, x: torch.Tensor, rounded: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add residuals of [..., channels] with modality labels [...]; padding is skipped."""
+        residual = (x - rounded).reshape(-1, x.shape[-1])
+        kinds = labels.reshape(-1)
+        for row, modality in enumerate(MODALITIES):
+            chosen = residual[kinds == int(modality)]
+            self.sums[row] += chosen.double().sum(0)
+            self.counts[row] += chosen.shape[0]
+
+    def result(self, per_modality: bool) -> StaticBias:
+        """The compensation; a modality that calibration never showed takes the overall mean."""
+        pooled = self.sums.sum(0, keepdim=True) / self.counts.sum().clamp_min(1)
+        if per_modality:
+            means = self.sums / self.counts.clamp_min(1)[:, None]
+            means = torch.where(self.counts[:, None] > 0, means, pooled)
+            pooled = torch.cat([pooled, means])
+        return StaticBias((pooled * self.mask).float(), self.mask)
+
 
 def build_compensation(
     config: CompensationConfig, mask: torch.Tensor, chosen: StaticRange
 ) -> DynamicCompensation:
-    """The run-time module for a mask and the final clipping range."""
+    """The dynamic compensation for a mask and the final clipping range."""
     if config.reading == "channel":
         return DynamicCompensation(mask)
     return DynamicCompensation(mask, config.gate * chosen.edge)
+
+
+def describe_compensation(
+    config: CompensationConfig, module: nn.Module | None, outputs: int
+) -> dict[str, Any]:
+    """What the compensation of one linear with ``outputs`` channels costs, for the manifest."""
+    if not isinstance(module, DynamicCompensation | StaticBias):
+        return {}
+    channels, extra = module.mask.numel(), module.flops_per_token(outputs)
+    described: dict[str, Any] = {
+        "name": config.name,
+        "masked_channels": module.masked,
+        "channels": channels,
+        "extra_flops_per_token": extra,
+        "extra_flops_share": extra / (2 * channels * outputs),
+    }
+    if isinstance(module, StaticBias):
+        described["per_modality"] = module.per_modality
+        described["stored_numbers"] = module.residual.shape[0] * outputs
+    else:
+        described["reading"] = config.reading
+    return described

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from morphoquant.models.structure import TokenLabels
 
 Show = Callable[[torch.Tensor], None]
 
@@ -25,7 +28,8 @@ class GroupInput(nn.Module):
     Attributes:
         online: function-preserving rewrite of the input (an online rotation), or None.
         quantizer: fake quantizer of the activation, or None to leave it bit for bit.
-        compensation: ``(x, x_hat) -> (x_tilde, bypassed)`` or None.
+        compensation: ``(x, x_hat, labels) -> (x_tilde, bypassed)`` or None.
+        labels: the modality of the tokens that go through, where that is known.
         tokens, elements, bypassed: what went through the quantizer since the last reset;
             ``bypassed`` counts elements that stayed in high precision.
     """
@@ -36,6 +40,7 @@ class GroupInput(nn.Module):
         self.online = online
         self.quantizer: nn.Module | None = None
         self.compensation: nn.Module | None = None
+        self.labels: TokenLabels | None = None
         self.enabled = True
         self.observer: Show | None = None
         self._source: torch.Tensor | None = None
@@ -82,9 +87,19 @@ class GroupInput(nn.Module):
         self.elements += x.numel()
         if self.compensation is None:
             return rounded
-        result, bypassed = self.compensation(x, rounded)
+        result, bypassed = self.compensate(x, rounded)
         self._bypassed = self._bypassed + bypassed
         return result
+
+    def compensate(
+        self, x: torch.Tensor, rounded: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """(x, x_hat) [..., channels] -> x_tilde and how many elements bypassed; counts nothing."""
+        if self.compensation is None:
+            return rounded, 0
+        labels = None if self.labels is None else self.labels.matching(x)
+        found: tuple[torch.Tensor, torch.Tensor | int] = self.compensation(x, rounded, labels)
+        return found
 
 
 class QuantizedLinear(nn.Module):
@@ -126,3 +141,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def plain(module: nn.Module) -> Any:
+    """The linear itself, without a wrapper that rewrites its input first."""
+    return getattr(module, "linear", module)

@@ -11,12 +11,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-
 from morphoquant.config.schema import BitsConfig, MethodConfig
 from morphoquant.errors import HarnessError
 from morphoquant.models.structure import Block
-from morphoquant.quantization.linear import QuantizedLinear
+from morphoquant.quantization.linear import QuantizedLinear, plain
 
 
 class ManifestError(HarnessError):
@@ -75,6 +73,31 @@ class Manifest:
             spent += weight * r.activation["effective_bits"]
         return spent / max(total, 1)
 
+    def compensation_cost(self) -> dict[str, float] | None:
+        """What the compensation costs over all linears in scope; None without one.
+
+        ``masked_share``: of channels; ``bypass_rate``: of activation elements that stayed in 16
+        bits, weighed by traffic; ``extra_flops_share``: operations added to those of the linears;
+        ``stored_numbers``: constants kept beside the weights.
+        """
+        rows = [r for r in self.linears if r.compensation]
+        if not rows:
+            return None
+        inputs = {(r.name.rsplit(".", 1)[0], r.group): r for r in rows}.values()
+        elements = [r.in_features * max(r.tokens, 1) for r in inputs]
+        bypassed = [
+            n * r.compensation.get("bypass_rate", 0.0)
+            for n, r in zip(elements, inputs, strict=True)
+        ]
+        flops = sum(2 * r.in_features * r.out_features for r in self.linears)
+        return {
+            "masked_share": sum(r.compensation["masked_channels"] for r in inputs)
+            / sum(r.compensation["channels"] for r in inputs),
+            "bypass_rate": sum(bypassed) / sum(elements),
+            "extra_flops_share": sum(r.compensation["extra_flops_per_token"] for r in rows) / flops,
+            "stored_numbers": sum(r.compensation.get("stored_numbers", 0) for r in rows),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "scope_hash": self.scope_hash,
@@ -93,8 +116,8 @@ def describe_scope(blocks: Iterable[Block]) -> Manifest:
                 name=f"{block.name}.{name}",
                 tower=block.tower,
                 group=group.name,
-                in_features=_plain(block.linear(name)).in_features,
-                out_features=_plain(block.linear(name)).out_features,
+                in_features=plain(block.linear(name)).in_features,
+                out_features=plain(block.linear(name)).out_features,
                 weight={"format": "none", "bits": 16, "effective_bits": 16.0},
                 activation={"format": "none", "bits": 16, "effective_bits": 16.0},
             )
@@ -103,11 +126,6 @@ def describe_scope(blocks: Iterable[Block]) -> Manifest:
             for name in group.linears
         ]
     )
-
-
-def _plain(module: nn.Module) -> Any:
-    """The linear inside a wrapper that rewrites its input."""
-    return getattr(module, "linear", module)
 
 
 def reset_counters(blocks: Iterable[Block]) -> None:

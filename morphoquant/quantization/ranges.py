@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from morphoquant.calibration.statistics import ChannelStatistics
+
+SymmetricGrid = Literal["restricted", "full", "sym15"]
 
 SPAN_FLOOR = 1e-8  # keeps the step of an all-zero channel positive
 
@@ -39,11 +42,17 @@ class StaticRange:
     Attributes:
         lo, hi: float32 [channels]; ``lo = -hi`` where the channel is symmetric.
         affine: bool [channels]; True where the grid spans [lo, hi] and zero need not be on it.
+        kind: the grid of symmetric channels (SPEC 1.2): ``restricted`` has codes -Q..Q and step
+            ``edge / Q``; ``full`` one more code at the bottom; ``sym15`` the same codes at step
+            ``2 edge / (2^b - 1)``, so that ``+edge`` itself is out of reach.
+        towards_zero: shrink ranges of one sign by multiplying both ends (SPEC 2.6, marked [D]).
     """
 
     lo: torch.Tensor
     hi: torch.Tensor
     affine: torch.Tensor
+    kind: SymmetricGrid = "restricted"
+    towards_zero: bool = False
 
     @property
     def edge(self) -> torch.Tensor:
@@ -54,29 +63,30 @@ class StaticRange:
         """The range at ``ratio`` (a number, or one per channel).
 
         A range with zero inside shrinks towards zero. A sign-constant one keeps the edge next to
-        zero and pulls in the far one, so its levels stay where the values are.
+        zero and pulls in the far one, so its levels stay where the values are (unless it is
+        ``towards_zero``).
         """
-        one_sided = self.affine & ((self.lo >= 0) | (self.hi <= 0))
-        negative = one_sided & (self.hi <= 0)
-        span = (self.hi - self.lo) * ratio
-        lo = torch.where(negative, self.hi - span, self.lo)
-        hi = torch.where(negative, self.hi, self.lo + span)
-        return StaticRange(
-            torch.where(one_sided, lo, self.lo * ratio),
-            torch.where(one_sided, hi, self.hi * ratio),
-            self.affine,
-        )
+        lo, hi = self.lo * ratio, self.hi * ratio
+        if not self.towards_zero:
+            one_sided = self.affine & ((self.lo >= 0) | (self.hi <= 0))
+            negative = one_sided & (self.hi <= 0)
+            span = (self.hi - self.lo) * ratio
+            lo = torch.where(one_sided, torch.where(negative, self.hi - span, self.lo), lo)
+            hi = torch.where(one_sided, torch.where(negative, self.hi, self.lo + span), hi)
+        return replace(self, lo=lo, hi=hi)
 
     def grid(self, bits: int) -> StaticGrid:
-        """Symmetric channels: the restricted grid of 2^b - 1 levels; affine ones: 2^b levels."""
+        """Levels: 2^b - 1 for ``restricted`` channels, 2^b for all others."""
         top = 2 ** (bits - 1) - 1
-        symmetric = self.edge.clamp_min(SPAN_FLOOR) / top
+        steps = (2**bits - 1) / 2 if self.kind == "sym15" else top
+        symmetric = self.edge.clamp_min(SPAN_FLOOR) / steps
         affine = (self.hi - self.lo).clamp_min(SPAN_FLOOR) / (2**bits - 1)
         step = torch.where(self.affine, affine, symmetric)
         offset = torch.where(
             self.affine, (self.lo / step).round() + 2 ** (bits - 1), torch.zeros_like(step)
         )
-        low = torch.full_like(step, -top) - self.affine.to(step.dtype)
+        low = torch.full_like(step, -top)
+        low -= torch.ones_like(step) if self.kind != "restricted" else self.affine.to(step.dtype)
         return StaticGrid(step, offset, low, torch.full_like(step, top))
 
 

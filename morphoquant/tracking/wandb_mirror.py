@@ -22,6 +22,8 @@ class Tracker(Protocol):
 
     def table(self, name: str, frame: pd.DataFrame) -> None: ...
 
+    def figure(self, name: str, path: Path) -> None: ...
+
     def summary(self, values: dict[str, Any]) -> None: ...
 
     def finish(self) -> None: ...
@@ -34,6 +36,9 @@ class NoTracker:
         return
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
+        return
+
+    def figure(self, name: str, path: Path) -> None:
         return
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -57,6 +62,14 @@ class WandbTracker:
             import wandb
 
             run.log({name: wandb.Table(dataframe=frame)})
+
+        self._do(send)
+
+    def figure(self, name: str, path: Path) -> None:
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({f"figures/{name}": wandb.Image(str(path))})
 
         self._do(send)
 

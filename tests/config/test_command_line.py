@@ -53,7 +53,7 @@ def test_help_lists_groups_and_examples() -> None:
     [
         (["bits=w5a99"], ["bits=w5a99: no such choice", "w4a4", "w8a8"]),
         (["method=qurot"], ["method=qurot", "Did you mean 'quarot'?", "rtn_static"]),
-        (["method/compensation=foo"], ["method/compensation=foo", "dabc, dabc_element, none"]),
+        (["method/compensation=foo"], ["method/compensation=foo", "dabc, dabc_element,"]),
         (["method.activation.granularity=per_tokne"], ["granularity='per_tokne'", "per_token"]),
         (["benchmark.limit=-1"], ["benchmark.limit=-1", "at least 1"]),
         (["methd=rtn"], ["methd", "Did you mean 'method'?"]),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
-from morphoquant.config import RunConfig, load
+from morphoquant.config import ConfigError, RunConfig, load
 from morphoquant.config.schema import BitsConfig, MethodConfig
 from morphoquant.config.store import defaults, register
 
@@ -48,14 +50,14 @@ def test_every_method_at_every_width(
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice(composed: Callable[..., RunConfig], group: str, choice: str) -> None:
     config = composed(f"{group}={choice}")
-    if group != "experiment":
+    if group not in ("experiment", "ablation"):
         assert getattr(config, group).name == choice
 
 
 @pytest.mark.parametrize(("slot", "choice"), SLOT_CHOICES)
 def test_every_slot_choice(composed: Callable[..., RunConfig], slot: str, choice: str) -> None:
     # On a method that goes with every choice of the slot.
-    static = slot in ("activation/range", "compensation")
+    static = slot in ("activation/range", "compensation") or choice == "int_folded"
     composed(f"method={'rtn_static' if static else 'rtn'}", f"method/{slot}={choice}")
 
 
@@ -77,6 +79,41 @@ def test_one_slot_changes_one_slot(composed: Callable[..., RunConfig]) -> None:
     assert without.method.compensation.name == "none"
     assert without.method.weight == whole.method.weight
     assert without.method.activation == whole.method.activation
+
+
+ABLATIONS = sorted(p.stem for p in (CONF / "ablation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", ABLATIONS)
+@pytest.mark.parametrize("method", ["morphoquant", "morphoquant_reference"])
+def test_an_ablation_changes_one_slot(
+    composed: Callable[..., RunConfig], method: str, choice: str
+) -> None:
+    base, changed = composed(f"method={method}"), composed(f"method={method}", f"ablation={choice}")
+    others = {"method": base.method}
+    assert changed.model_copy(update=others) == base, "outside of the method nothing changes"
+    slots = ("transform", "weight", "activation", "compensation")
+    differing = [s for s in slots if getattr(base.method, s) != getattr(changed.method, s)]
+    if choice == "table3_baseline":
+        assert differing == ["activation", "compensation"]
+    else:
+        assert len(differing) <= 1
+    if method == "morphoquant" and choice not in ("base", "table3_plus_dabc"):
+        assert differing, "the choice says something else than the method does already"
+
+
+def test_experiments_name_ablations_that_exist() -> None:
+    for name in ("ablation", "table3"):
+        text = (CONF / "experiment" / f"{name}.yaml").read_text()
+        listed = yaml.safe_load(text)["hydra"]["sweeper"]["params"]["ablation"]
+        assert set(re.split(r"[,\s]+", listed)) <= set(ABLATIONS)
+
+
+def test_leaking_calibrations_say_so(composed: Callable[..., RunConfig]) -> None:
+    for name in sorted(p.stem for p in (CONF / "calibration").glob("*.yaml")):
+        assert composed(f"calibration={name}").calibration.allow_leakage == ("leak" in name)
+    with pytest.raises(ConfigError, match="has to say so"):
+        composed("calibration.allow_leakage=true")
 
 
 def test_numbers_and_conveniences(composed: Callable[..., RunConfig]) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from morphoquant.calibration.statistics import ChannelStatistics
-from morphoquant.config.schema import CompensationConfig, MaskConfig
+from morphoquant.config.schema import CompensationConfig
 from morphoquant.quantization.activation import StaticQuantizer
 from morphoquant.quantization.compensation import (
     DynamicCompensation,
     build_compensation,
-    outlier_mask,
 )
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear
 from morphoquant.quantization.ranges import StaticRange, initial_range
@@ -152,68 +149,3 @@ def test_half_precision_keeps_its_dtype() -> None:
     x = activations().bfloat16()
     out, _ = compensation(x, torch.zeros_like(x))
     assert out.dtype == torch.bfloat16
-
-
-# ----------------------------------------------------------------------------- mask
-
-
-def test_mask_marks_the_long_tails() -> None:
-    for score in ("log1p", "mean"):
-        mask = outlier_mask(seen(activations()), MaskConfig(score=score, max_share=1.0))
-        assert mask.nonzero().flatten().tolist() == [3, 8, 17]
-        assert mask.dtype == torch.bool
-
-
-def test_mask_threshold_is_mean_plus_std() -> None:
-    statistics = seen(activations())
-    score = statistics.dispersion("log1p").numpy()
-    for threshold in (-1.0, 0.5, 2.0):
-        expected = score >= score.mean() + threshold * score.std(ddof=1)
-        mask = outlier_mask(statistics, MaskConfig(std_threshold=threshold, max_share=1.0))
-        assert mask.tolist() == expected.tolist()
-
-
-@given(low=st.floats(-3, 4), extra=st.floats(0, 4), share=st.floats(0, 1), seed=st.integers(0, 20))
-def test_mask_is_monotone_and_capped(low: float, extra: float, share: float, seed: int) -> None:
-    """M10: a higher threshold, or a smaller cap, only ever takes channels away."""
-    statistics = seen(activations(seed))
-
-    def mask(threshold: float, share: float) -> torch.Tensor:
-        return outlier_mask(statistics, MaskConfig(std_threshold=threshold, max_share=share))
-
-    wide, narrow = mask(low, share), mask(low + extra, share)
-    assert not (narrow & ~wide).any()
-    assert int(wide.sum()) <= share * CHANNELS
-    assert not (mask(low, share / 2) & ~wide).any()
-    uncapped = mask(low, 1.0)
-    assert not (wide & ~uncapped).any()
-    if wide.any() and (uncapped & ~wide).any():
-        score = statistics.dispersion("log1p")
-        assert score[wide].min() >= score[uncapped & ~wide].max()
-
-
-def test_cap_of_zero_masks_nothing() -> None:
-    assert not outlier_mask(seen(activations()), MaskConfig(max_share=0.0)).any()
-
-
-def test_equal_scores_are_capped_by_channel_number() -> None:
-    """Deterministic on every device: the lower channels stay."""
-    x = torch.zeros(4, CHANNELS)
-    x[0, 10:20] = 5.0
-    mask = outlier_mask(seen(x), MaskConfig(std_threshold=1.0, max_share=0.1))
-    assert mask.nonzero().flatten().tolist() == [10, 11, 12, 13]
-
-
-@given(power=st.integers(-6, 6), times=st.integers(1, 4))
-def test_mean_score_mask_is_free_of_scale_and_repetition(power: int, times: int) -> None:
-    """M8, M9."""
-    x = activations()
-    config = MaskConfig(score="mean", max_share=0.2)
-    assert torch.equal(
-        outlier_mask(seen(x), config), outlier_mask(seen(x.repeat(times, 1) * 2.0**power), config)
-    )
-
-
-def test_channels_that_are_all_alike_have_no_outlier() -> None:
-    rows = activations()[:, :1].repeat(1, 24)
-    assert not outlier_mask(seen(rows), MaskConfig(max_share=1.0)).any()

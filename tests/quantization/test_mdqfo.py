@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -301,3 +302,80 @@ def test_asymmetric_ranges_around_zero_are_searched_sensibly() -> None:
 def test_nothing_searched_keeps_the_start() -> None:
     """No token of the search set reached this group."""
     assert (search(activations(), config(cosine_weight=0.5)).best_ratios() == 1).all()
+
+
+# ----------------------------------------------------------------------------- choices
+
+
+def test_given_candidates_are_compared_channel_by_channel() -> None:
+    """What the gradient search hands over: its ratios against 1, the better one wins (M5)."""
+    x = activations()
+    draw = torch.rand(CHANNELS, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
+    ones = torch.ones(CHANNELS)
+    statistics = ChannelStatistics(CHANNELS)
+    statistics.update(x)
+    start = initial_range(statistics, None, True)
+    found = RangeSearch(start, 4, config(), None, CompensationConfig(), torch.stack([draw, ones]))
+    found.update(x)
+    losses, chosen = found.losses(), found.best_ratios()
+    assert torch.isin(chosen, torch.cat([draw, ones])).all()
+    picked = torch.where(chosen == 1, losses[1], losses[0])
+    assert (picked <= losses[1]).all()
+    for c in range(CHANNELS):
+        alone = start.shrunk(torch.where(torch.arange(CHANNELS) == c, draw, 1.0)).grid(4)(x)[:, c]
+        error = float(((alone - x[:, c]).double() ** 2).sum())
+        size = float((x[:, c].double() ** 2).sum())
+        if size:
+            assert float(losses[0, c]) == pytest.approx(error / size, rel=1e-3, abs=1e-6)
+
+
+def test_unnormalised_loss_is_the_mean_error() -> None:
+    x = activations()
+    plain, scaled = searched(x, config(normalize=False)), searched(x, config())
+    norm = (x.double() ** 2).sum(0)
+    seen = norm > 0
+    expected = scaled.losses()[:, seen] * norm[seen] / len(x)
+    torch.testing.assert_close(plain.losses()[:, seen], expected, rtol=1e-5, atol=0.0)
+    assert torch.equal(plain.best_ratios(), scaled.best_ratios()), "without a cosine: the same"
+
+
+def test_moving_average_is_the_public_implementation_s() -> None:
+    """0.5 * old + 0.5 * new, the first batch as it is: M7 does not hold."""
+    x = activations()
+    parts = [x[:80], x[80:120] * 2, x[120:]]
+    expected = None
+    for part in parts:
+        fresh = search(x, config(normalize=False, cosine_weight=0.5))
+        fresh.update(part)
+        loss = fresh.losses()
+        expected = loss if expected is None else 0.5 * expected + 0.5 * loss
+    forward, backward = (
+        search(x, config(normalize=False, cosine_weight=0.5, accumulate="ema")) for _ in range(2)
+    )
+    for part in parts:
+        forward.update(part)
+    for part in parts[::-1]:
+        backward.update(part)
+    assert expected is not None
+    torch.testing.assert_close(forward.losses(), expected)
+    assert not torch.allclose(forward.losses(), backward.losses(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["restricted", "full", "sym15"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_every_grid_is_searched_on_its_own_levels(kind: Any, affine: bool) -> None:
+    x = activations()
+    statistics = ChannelStatistics(CHANNELS)
+    statistics.update(x)
+    start = replace(initial_range(statistics, None, affine), kind=kind)
+    found = RangeSearch(start, 4, config(cosine_weight=0.5), None, CompensationConfig())
+    found.update(x)
+    for i, ratio in enumerate(found.ratios):
+        value = start.shrunk(ratio).grid(4)(x).double()
+        exact = x.double()
+        size = (exact**2).sum(0)
+        seen = size > 0
+        expected = ((value - exact) ** 2).sum(0) / size
+        cosine = torch.cosine_similarity(value, exact, dim=0, eps=1e-300)
+        expected = expected + 0.5 * (1 - cosine)
+        torch.testing.assert_close(found.losses()[i, seen], expected[seen], rtol=2e-4, atol=2e-6)

@@ -1,0 +1,1 @@
+"""Timings of this package, each a command: ``python -m experiments.benchmarks.<name>``."""

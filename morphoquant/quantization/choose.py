@@ -1,0 +1,111 @@
+"""What an input group gets: its mask, its starting range, and the search that shrinks it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from morphoquant.calibration.statistics import ModalityStatistics
+from morphoquant.config.schema import BitsConfig, CompensationConfig, MethodConfig
+from morphoquant.quantization.activation import StaticQuantizer, static_range
+from morphoquant.quantization.compensation import build_compensation
+from morphoquant.quantization.masks import ScoreMoments, group_mask
+from morphoquant.quantization.mdqfo import RangeSearch, Search
+from morphoquant.quantization.mdqfo_gradient import GradientSearch
+from morphoquant.quantization.mdqfo_joint import JointSearch
+from morphoquant.quantization.ranges import StaticRange
+
+
+@dataclass
+class GroupChoice:
+    """The static choices of one input group.
+
+    Attributes:
+        start: the range at ratio 1.
+        mask: bool [channels] of compensated channels, or None.
+        final: the range in use, once the search is over.
+        ratios: float32 [channels] of ``final`` over ``start``, or None where nothing was searched.
+    """
+
+    start: StaticRange
+    mask: torch.Tensor | None
+    final: StaticRange
+    ratios: torch.Tensor | None = None
+
+
+def start_choice(
+    method: MethodConfig,
+    statistics: ModalityStatistics,
+    linears: Iterable[str],
+    moments: Mapping[str, ScoreMoments] | None,
+) -> GroupChoice:
+    """Mask and starting range from the statistics of a group's input."""
+    compensation = method.compensation
+    mask = None
+    if compensation.name != "none":
+        mask = group_mask(statistics, linears, compensation.mask, moments)
+    dynamic = mask if compensation.name == "dabc" else None
+    start = static_range(method.activation, statistics.pooled(), dynamic)
+    return GroupChoice(start, mask, start)
+
+
+def make_search(
+    choice: GroupChoice,
+    method: MethodConfig,
+    bits: BitsConfig,
+    weights: Iterable[torch.Tensor],
+    ratios: torch.Tensor | None = None,
+) -> RangeSearch | JointSearch:
+    """The grid search of a group, or with ``ratios`` the comparison of given candidates.
+
+    Args:
+        choice: mask and starting range.
+        method, bits: the loss and the grid.
+        weights: [out, channels] of the linears that read the group, for ``output_weighting``.
+        ratios: float32 [candidates, channels].
+    """
+    config = method.activation.range
+    mask = choice.mask if method.compensation.name == "dabc" else None
+    by_token = config.cosine == "token" and config.cosine_weight > 0
+    if config.ratio_per == "channel" and not by_token:
+        return RangeSearch(choice.start, bits.activation, config, mask, method.compensation, ratios)
+    importance = None
+    if config.output_weighting:
+        importance = torch.stack([w.detach().double().square().sum(0) for w in weights]).sum(0)
+    return JointSearch(
+        choice.start, bits.activation, config, mask, method.compensation, importance, ratios
+    )
+
+
+def make_learner(choice: GroupChoice, method: MethodConfig, bits: BitsConfig) -> GradientSearch:
+    """The gradient search of a group."""
+    mask = choice.mask if method.compensation.name == "dabc" else None
+    return GradientSearch(
+        choice.start, bits.activation, method.activation.range, mask, method.compensation
+    )
+
+
+class SearchingQuantizer(nn.Module):
+    """Quantizes with the best range so far while it searches (``upstream: quantized``).
+
+    Every batch is searched first and then quantized, so later linears see what they would see at
+    run time, and what they choose depends on the order of batches.
+    """
+
+    def __init__(
+        self, search: Search, bits: int, mask: torch.Tensor | None, config: CompensationConfig
+    ) -> None:
+        super().__init__()
+        self.search, self.bits, self.mask, self.config = search, bits, mask, config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., channels] -> quantized and compensated, at the current best range."""
+        chosen = self.search.result()
+        rounded: torch.Tensor = StaticQuantizer(chosen, self.bits)(x)
+        if self.mask is None:
+            return rounded
+        found: torch.Tensor = build_compensation(self.config, self.mask, chosen)(x, rounded)[0]
+        return found
