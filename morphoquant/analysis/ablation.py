@@ -243,8 +243,8 @@ def _how(
         f"are paired: the same questions, answered by both."
     )
     notes.append(
-        f"Interval: {confidence:.0%} of the difference of the means over benchmarks, bootstrap "
-        f"percentile ({resamples} resamples within benchmarks; the questions of one Video-MME clip "
+        f"Interval: {100 * confidence:g} % of the difference of the means over benchmarks, "
+        f"bootstrap percentile ({resamples} resamples within benchmarks; the questions of one Video-MME clip "
         f"are drawn together). '{NOTHING}' means that it covers zero: not that there is none."
     )
     tested = int(frame["p"].notna().sum())
@@ -276,7 +276,7 @@ def cells(frame: pd.DataFrame, confidence: float = CONFIDENCE) -> pd.DataFrame:
         for gained, lost in zip(frame["gained"], frame["lost"], strict=True)
     ]
     after = list(shown.columns).index("p")
-    shown.insert(after, f"{confidence:.0%} interval", intervals)
+    shown.insert(after, f"{100 * confidence:g} % interval", intervals)
     shown.insert(list(shown.columns).index("verdict"), "changed answers", changed)
     return shown
 

@@ -62,11 +62,12 @@ PROTOCOL = (
     "Published MMMU, Video-MME and AIR-Bench runs calibrate on prompts of the evaluated set "
     "(without their answers); ScienceQA calibrates on another split.",
     "Published scopes differ: the method leaves the audio tower in 16 bits, the simulated "
-    "baselines quantize it and the speech generator too.",
+    "baselines quantize it and the speech generator too. Measured rows share one scope, unless a "
+    "note below says otherwise.",
     "The public implementation's main settings leave the composite loss off, though the full row "
     "is named after it.",
     "One binomial standard error of the published numbers is 0.7 points on ScienceQA (4,241 "
-    "questions) and 1.7 on MMMU (900): MMMU steps below 3 points are within it.",
+    "questions) and 1.7 on MMMU (900): MMMU steps below 3 points are not significant there.",
 )
 """What differs from the published protocol, and what is doubtful there (SPEC 2.7, 2.9, 3)."""
 

@@ -229,8 +229,8 @@ def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, str]]) -> pd.D
 
 
 def failure_notes(failed: Sequence[dict[str, str]]) -> list[str]:
-    """Why each failed job failed."""
-    return [f"Failed: {note['overrides']}: {note['error']}" for note in failed]
+    """Why each failed job failed, on one line each."""
+    return [f"Failed: {note['overrides']}: {' '.join(note['error'].split())}" for note in failed]
 
 
 def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

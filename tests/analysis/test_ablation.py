@@ -135,10 +135,10 @@ def test_footnotes_say_what_is_needed_to_read_it(sweep: list[dict[str, str]]) ->
     for part in (
         "mmmu 60, videomme 60",
         "ablation=base",
-        "95% of the difference",
+        "95 % of the difference",
         "Benjamini-Hochberg",
         "The unquantized model: 100.0",
-        "Failed: +experiment=ablation ablation=mask_top_share: disk | full",
+        "Failed: +experiment=ablation ablation=mask_top_share: disk | full more",
     ):
         assert part in notes
 
@@ -149,7 +149,7 @@ def test_markdown_and_terminal(
     report = ablation(sweep)
     report.show()
     printed, markdown = capsys.readouterr().out, report.markdown()
-    for cell in ("16.7 (-33.3)", "+0 / -20", "<0.001", "no difference found", "95% interval"):
+    for cell in ("16.7 (-33.3)", "+0 / -20", "<0.001", "no difference found", "95 % interval"):
         assert cell in markdown
         assert cell in printed
     lines = markdown.splitlines()

@@ -175,6 +175,13 @@ def test_one_cluster_has_no_interval() -> None:
     assert not np.isnan(part.benchmarks["mmmu"].low)
 
 
+def test_benchmarks_that_cancel_leave_nothing() -> None:
+    # Differences of 0.1, 0.2 and -0.3 in every resample; in floating point they do not add to 0.
+    strata = [(np.full(5, share), np.ones(5)) for share in (0.1, 0.2, -0.3)]
+    low, high = paired._interval(strata, FEW, 0.95, 0)
+    assert (low, high) == (0.0, 0.0)
+
+
 def test_different_questions_are_refused_with_their_numbers() -> None:
     with pytest.raises(HarnessError, match="3 in both, 2 only in the run, 0 only in the base"):
         paired.join(answers({"mmmu": [1] * 5}), answers({"mmmu": [1] * 3}))
