@@ -244,8 +244,9 @@ def _how(
     )
     notes.append(
         f"Interval: {100 * confidence:g} % of the difference of the means over benchmarks, "
-        f"bootstrap percentile ({resamples} resamples within benchmarks; the questions of one Video-MME clip "
-        f"are drawn together). '{NOTHING}' means that it covers zero: not that there is none."
+        f"bootstrap percentile ({resamples} resamples within benchmarks; the questions of "
+        f"one Video-MME clip are drawn together). '{NOTHING}' means that it covers zero: "
+        f"not that there is none."
     )
     tested = int(frame["p"].notna().sum())
     notes.append(
