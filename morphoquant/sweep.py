@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -28,6 +28,11 @@ from morphoquant.config import ConfigError, load
 from morphoquant.config.messages import explain_hydra
 from morphoquant.config.schema import RunConfig
 from morphoquant.errors import HarnessError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from morphoquant.analysis.table import Report
 
 log = logging.getLogger(__name__)
 
@@ -117,33 +122,70 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _show(
-    directories: list[str],
-    config: RunConfig,
-    sweep: Path | None = None,
-    failed: list[dict[str, str]] | None = None,
-) -> None:
-    """Print the comparison of some runs (with their references), and keep it in the sweep."""
+def _show(directories: list[str], config: RunConfig) -> None:
+    """Print the comparison of some runs with their references."""
+    _comparison([{"overrides": "", "run": d} for d in directories], config).show()
+    print(f"Run: {directories[0]}")
+
+
+def _comparison(notes: list[dict[str, str]], config: RunConfig) -> Report:
+    """Every run of a sweep beside the unquantized model."""
     from morphoquant.analysis import table
 
-    runs = table.load_runs([Path(d) for d in directories], Path(config.paths.runs))
-    frame = table.with_failures(table.comparison(runs), failed or [])
-    notes = table.footnotes(runs) + table.failure_notes(failed or [])
-    table.print_rich(frame, notes)
-    if sweep is None:
-        print(f"Run: {directories[0]}")
-        return
-    from morphoquant.tracking.rundir import write_atomic
+    found = list(dict.fromkeys(note["run"] for note in notes if "run" in note))
+    failed = [note for note in notes if "error" in note]
+    runs = table.load_runs([Path(d) for d in found], Path(config.paths.runs))
+    frame = table.with_failures(table.comparison(runs), failed)
+    footnotes = table.footnotes(runs) + table.failure_notes(failed)
+    return table.Report(table.TITLE, frame, frame, footnotes)
 
-    write_atomic(sweep / "table.csv", lambda p: frame.to_csv(p, index=False))
-    write_atomic(sweep / "table.md", lambda p: _write(p, table.to_markdown(frame, notes)))
-    print(f"Table: {sweep / 'table.md'} and table.csv")
+
+def _finish(notes: list[dict[str, str]], config: RunConfig, sweep: Path) -> None:
+    """The table that the sweep was made for: in the terminal, beside its notes, in the tracker."""
+    from morphoquant.tracking.rundir import write_atomic
     from morphoquant.tracking.wandb_mirror import open_tracker
 
-    group = config.tracker.group or sweep.name
-    tracker = open_tracker(config.tracker, {}, f"sweep-{sweep.name}", group, sweep)
-    tracker.table("comparison", frame)
+    root = Path(config.paths.runs)
+    if config.report == "ablation":
+        from morphoquant.analysis.ablation import ablation
+
+        report = ablation(notes, root)
+    elif config.report == "table3":
+        from morphoquant.analysis.published import table3
+
+        report = table3(notes, root)
+    else:
+        report = _comparison(notes, config)
+    report.show()
+    write_atomic(sweep / "table.csv", lambda p: report.frame.to_csv(p, index=False))
+    write_atomic(sweep / "table.md", lambda p: _write(p, report.markdown()))
+    print(f"Table: {sweep / 'table.md'} and table.csv")
+    tracker = open_tracker(
+        config.tracker, {}, f"sweep-{sweep.name}", config.tracker.group or sweep.name, sweep
+    )
+    tracker.table(config.report, report.frame)
+    if config.report == "ablation":
+        for path in _ablation_figure(report.frame, sweep):
+            tracker.figure(path.stem, path)
+            print(f"Figure: {path}")
     tracker.finish()
+
+
+def _ablation_figure(frame: pd.DataFrame, sweep: Path) -> list[Path]:
+    """The forest plot of an ablation; none where no row has an interval."""
+    from morphoquant.analysis.figures import ablation_plot
+    from morphoquant.tracking.rundir import write_atomic
+
+    rows = frame.dropna(subset=["Δ mean", "low", "high"])
+    rows = rows[rows["choice"] != "base"].rename(columns={"Δ mean": "difference"})
+    if rows.empty:
+        return []
+    if "setting" in rows:
+        rows = rows.assign(choice=rows["setting"] + " " + rows["choice"])
+    drawn = ablation_plot(rows, title="Difference of each choice to the base row")
+    path = sweep / "ablation.png"
+    write_atomic(path, lambda target: drawn.savefig(target, format="png", dpi=110))
+    return [path]
 
 
 class SweepCallback(Callback):
@@ -159,12 +201,14 @@ class SweepCallback(Callback):
         """Refuse the whole sweep where one of its jobs is not valid."""
         shutil.rmtree(Path(config.hydra.sweep.dir) / JOBS, ignore_errors=True)  # of a former sweep
         try:
-            for overrides in _jobs(config):
+            jobs = _jobs(config)
+            for overrides in jobs:
                 try:
                     loaded = load(_compose(config, overrides))
                 except ConfigError as error:
                     raise ConfigError(f"{error}\n(in the job {' '.join(overrides)})") from None
                 self._config = self._config or loaded
+            _check_base(self._config, jobs)
         except (HarnessError, HydraException, OmegaConfBaseException) as error:
             complain(error, "This sweep cannot run; no job was started:")
             sys.exit(EXIT_CONFIG)
@@ -173,18 +217,28 @@ class SweepCallback(Callback):
         """The table of everything that came through, and of what did not and why."""
         sweep = Path(config.hydra.sweep.dir)
         notes = [json.loads(p.read_text()) for p in sorted((sweep / JOBS).glob("*.json"))]
-        found = list(dict.fromkeys(note["run"] for note in notes if "run" in note))
         failed = [note for note in notes if "error" in note]
         if failed:  # known here even where the jobs ran in other processes
             _failures.append(EXIT_FAILED)
         try:
-            if found:
-                _show(found, self._config or load(config), sweep, failed)
+            if len(failed) < len(notes):
+                _finish(notes, self._config or load(config), sweep)
         except HarnessError as error:
             _failures.append(EXIT_FAILED)
             complain(error, "The table could not be made:")
         for note in failed:
             print(f"failed: {note['overrides']}: {note['error']}", file=sys.stderr)
+
+
+def _check_base(config: RunConfig | None, jobs: list[list[str]]) -> None:
+    """An ablation without its base row has nothing to compare with."""
+    if config is None or config.report != "ablation" or not jobs:
+        return
+    if not any("ablation=base" in overrides for overrides in jobs):
+        raise ConfigError(
+            "report='ablation' without a job ablation=base: every row is compared with it. Add "
+            "base to the list of ablations, or set report=comparison"
+        )
 
 
 def _jobs(config: DictConfig) -> list[list[str]]:

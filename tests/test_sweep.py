@@ -27,11 +27,26 @@ def result(config, directory, reference):
         "scheme": config.bits.scheme, "model": config.model.name, "reference": reference,
         "slots": {"transform": "none", "weight": config.method.weight.format,
                   "activation": "none", "compensation": "none"},
-        "scope": {"hash": "s"}, "calibration": {"ids_hash": "c"}, "question_ids": "q",
-        "accuracy": {"mmmu": {"value": 50.0, "n": 100, "empty": 0, "unparsed": 0}},
-        "mean": 50.0, "bits": {"weight": 4.0, "activation": 4.0}, "versions": {},
+        "scope": {"hash": "s", "towers": ["decoder"]}, "question_ids": "q",
+        "calibration": {"ids_hash": "c", "name": "mini", "samples": 8, "leaked": 0},
+        "accuracy": {"mmmu": {"value": right(config), "n": 100, "empty": 0, "unparsed": 0}},
+        "mean": right(config), "bits": {"weight": 4.0, "activation": 4.0}, "versions": {},
         "seconds": {"quantize": 1.0, "evaluate": 2.0},
     }
+
+def right(config):
+    # Sharper errors, fewer right answers: something for a paired test to find.
+    return 50.0 - 20 * (config.method.activation.range.p > 2)
+
+def answers(config):
+    import pandas as pd
+    count = int(right(config))
+    return pd.DataFrame({
+        "benchmark": "mmmu", "task": "mini_mmmu", "doc_id": range(100),
+        "id": [str(i) for i in range(100)], "modality": "image", "target": "A", "answer": "A",
+        "parsed": "A", "correct": [1.0] * count + [0.0] * (100 - count),
+        "empty": False, "unparsed": False, "output_tokens": 1,
+    })
 
 def path(config, found):
     return Path(config.paths.runs) / f"{config.method.name}-{found['fingerprint'][:10]}"
@@ -50,6 +65,7 @@ def run(config):
     identity = {"config": config.model_dump(mode="json", exclude={"tracker", "paths"})}
     directory = RunDirectory.open(Path(config.paths.runs), config.method.name, identity)
     found = result(config, directory, reference)
+    directory.write_table("samples", answers(config))
     directory.finish(found)
     return found
 
@@ -122,3 +138,36 @@ def test_an_unexpected_error_of_a_single_run_keeps_its_traceback(tmp_path: Path)
     found = drive(tmp_path, "method=quarot")
     assert found.returncode == 1
     assert "Traceback" in found.stderr
+
+
+def test_an_ablation_ends_in_paired_differences(tmp_path: Path) -> None:
+    found = drive(tmp_path, "-m", "experiment=ablation", "ablation=base,loss_p1,loss_p3")
+    assert found.returncode == 0, found.stderr
+    (table,) = tmp_path.glob("runs/sweeps/*/table.md")
+    lines = table.read_text().splitlines()
+    base, gentle, sharp = lines[2:5]
+    assert base.startswith("| base")
+    assert "no difference found" in gentle
+    assert "lower" in sharp
+    assert "-20.0" in sharp
+    assert (table.parent / "ablation.png").stat().st_size > 1000
+    assert "Figure:" in found.stdout
+
+
+def test_an_ablation_without_its_base_is_refused(tmp_path: Path) -> None:
+    found = drive(tmp_path, "-m", "experiment=ablation", "ablation=loss_p1,loss_p3")
+    assert found.returncode == 2
+    assert "ablation=base" in found.stderr
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_table3_shows_published_beside_measured(tmp_path: Path) -> None:
+    found = drive(tmp_path, "-m", "experiment=table3")
+    assert found.returncode == 0, found.stderr
+    (table,) = tmp_path.glob("runs/sweeps/*/table.md")
+    text = table.read_text()
+    for published in ("76.63", "45.11", "72.93", "42.44"):
+        assert published in text
+    for row in ("baseline", "plus_dabc", "full"):
+        assert row in text
+    assert "morphoquant_reference" in text

@@ -210,6 +210,15 @@ def caveats(runs: Sequence[dict[str, Any]]) -> list[str]:
             "Unparsed answers name no choice; the stock scoring of MMMU and AIR-Bench gives each "
             "a random one (seeded), so a part of those scores is luck."
         )
+    leaking = {}
+    for run in runs:
+        if run["method"] != "fp16" and run["calibration"].get("leaked"):
+            leaking[run["calibration"].get("name", "")] = run["calibration"]["leaked"]
+    for name, count in leaking.items():
+        notes.append(
+            f"LEAKS: calibration {name!r} holds {count} prompts that are also evaluated. Compare "
+            "such rows with nothing but each other."
+        )
     if any(run["model"].startswith("tiny_omni") for run in runs):
         engineered = any(run["model"] == "tiny_omni" for run in runs)
         notes.append(

@@ -170,6 +170,15 @@ def test_rows_of_one_method_are_told_apart(tmp_path: Path) -> None:
     assert table.row_labels([result()])[result()["fingerprint"]] == "rtn"
 
 
+def test_leaking_calibration_is_said_once_and_loudly() -> None:
+    leaking = {"ids_hash": "c", "name": "mini_leaking", "leaked": 12}
+    runs = [FP16, result(calibration=leaking), result("quarot", calibration=leaking)]
+    (note,) = [n for n in table.footnotes(runs) if "LEAKS" in n]
+    assert "12 prompts" in note
+    assert "mini_leaking" in note
+    assert not [n for n in table.footnotes([FP16, result()]) if "LEAKS" in n]
+
+
 def test_failed_jobs_have_a_row_and_a_reason() -> None:
     failed = [{"overrides": "method=rtn", "error": "disk", "method": "rtn", "scheme": "w4a4"}]
     frame = table.with_failures(table.comparison([FP16]), failed)
