@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from morphoquant import evaluation
 from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig, TrackerConfig
 from morphoquant.errors import HarnessError
 from morphoquant.record import describe_slots, flat, record_statistics
+from morphoquant.tracking.clock import Clock
 from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
 from morphoquant.tracking.progress import progress, progress_callback
 from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory, write_atomic
@@ -39,21 +38,6 @@ MIN_COSINE = 0.999  # of probe logits after a transform, in 16-bit arithmetic (S
 
 class InvariantError(HarnessError):
     """Something that must be true of every run was not; the numbers would mean nothing."""
-
-
-@dataclass
-class Clock:
-    """Seconds per phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def reference_config(config: RunConfig) -> RunConfig:
@@ -234,6 +218,7 @@ def _execute(
         "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
         "compensation": manifest.compensation_cost(),
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
+        "peak_memory_mb": clock.peak_memory_mb,
         "transform_drift": drift,
         "logits": agreement,
         "statistics": scalars,

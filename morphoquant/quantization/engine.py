@@ -144,7 +144,13 @@ class BlockQuantizer:
                 self._enable(at.sources[group.name], group, block)
         if segments.get(PROBE) and installs:
             self.meter.visit(
-                index, block, originals, segments[PROBE], segments[PROBE_QUANTIZED], self.labels
+                index,
+                block,
+                originals,
+                segments[PROBE],
+                segments[PROBE_QUANTIZED],
+                self.labels,
+                (lambda group: self._fresh_search(at, group)) if self.searches else None,
             )
 
     def _passes(
@@ -231,12 +237,11 @@ class BlockQuantizer:
         """The losses of all candidates over the search samples, and the best of them."""
         searches = {}
         for group in at.block.groups:
-            choice = self.choices[at.block.name, group.name]
+            learned = self.choices[at.block.name, group.name].ratios
             candidates = None
-            if choice.ratios is not None:
-                candidates = torch.stack([choice.ratios, torch.ones_like(choice.ratios)])
-            weights = [plain(at.block.linear(name)).weight for name in group.linears]
-            searches[group.name] = make_search(choice, self.method, self.bits, weights, candidates)
+            if learned is not None:
+                candidates = torch.stack([learned, torch.ones_like(learned)])
+            searches[group.name] = self._fresh_search(at, group, candidates)
         if self.method.activation.range.upstream == "quantized":
             for group in at.block.groups:
                 dynamic = self.method.compensation.name == "dabc"
@@ -249,6 +254,13 @@ class BlockQuantizer:
             choice = self.choices[at.block.name, name]
             choice.ratios, choice.final = search.best_ratios(), search.result()
             at.sources[name].quantizer = None
+
+    def _fresh_search(
+        self, at: Visit, group: InputGroup, candidates: torch.Tensor | None = None
+    ) -> Search:
+        weights = [plain(at.block.linear(name)).weight for name in group.linears]
+        choice = self.choices[at.block.name, group.name]
+        return make_search(choice, self.method, self.bits, weights, candidates)
 
     def _average_residual(self, at: Visit, segments: list[Segment], move: bool) -> None:
         """The mean residual of masked channels, by modality, at the final ranges."""
@@ -335,8 +347,14 @@ class BlockQuantizer:
         else:
             if choice.ratios is not None:
                 floor = config.range.min_ratio * (1 + 1e-6)
-                activation["share_at_floor"] = float((choice.ratios <= floor).double().mean())
-                activation["share_unshrunk"] = float((choice.ratios >= 1).double().mean())
+                ratios = choice.ratios.double()
+                activation |= {
+                    "share_at_floor": float((choice.ratios <= floor).double().mean()),
+                    "share_unshrunk": float((ratios >= 1).double().mean()),
+                    "ratio_min": float(ratios.min()),
+                    "ratio_median": float(ratios.median()),
+                    "ratio_max": float(ratios.max()),
+                }
             source.quantizer = StaticQuantizer(choice.final, width)
             if choice.mask is not None and not self.biases:
                 source.compensation = build_compensation(

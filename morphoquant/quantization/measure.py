@@ -8,7 +8,7 @@ difference between the two is the error as it grows over depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from morphoquant.calibration.walk import Segment, labels_for, observing, run_block
 from morphoquant.models.structure import MODALITIES, Block, InputGroup, TokenLabels
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
+from morphoquant.quantization.mdqfo import Search
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -62,6 +63,7 @@ class ErrorMeter:
         reference: Sequence[Segment],
         quantized: Sequence[Segment],
         labels: TokenLabels,
+        make_search: Callable[[InputGroup], Search] | None = None,
     ) -> None:
         """Measure one finished block and move both streams on.
 
@@ -72,9 +74,11 @@ class ErrorMeter:
             reference: the stream through the original blocks.
             quantized: the same prompts through the quantized ones.
             labels: told the modality of the tokens under way.
+            make_search: a fresh range search of a group, to see which ratio every modality by
+                itself would choose; None where nothing is searched.
         """
         replaced = {name: block.linear(name) for name in originals}
-        found = {g.name: _GroupErrors(g, originals, replaced) for g in block.groups}
+        found = {g.name: _GroupErrors(g, originals, replaced, make_search) for g in block.groups}
         current: list[torch.Tensor] = []
         decoder = block.tower == "decoder"
 
@@ -118,7 +122,9 @@ class _GroupErrors:
         group: InputGroup,
         originals: Mapping[str, nn.Module],
         replaced: Mapping[str, nn.Module],
+        make_search: Callable[[InputGroup], Search] | None,
     ) -> None:
+        self.searches = [make_search(group) for _ in MODALITIES] if make_search else []
         first = replaced[group.linears[0]]
         assert isinstance(first, QuantizedLinear)
         self.source: GroupInput = first.source
@@ -159,6 +165,9 @@ class _GroupErrors:
             self._add("bypassed", slot, opened.sum(-1))
             self._add("touched", slot, opened.any(-1))
         self._add_channels(rows - rounded, slot)
+        for i, search in enumerate(self.searches):
+            if bool((slot == i).any()):
+                search.update(rows[slot == i])
         for weight, quantized in self.weights:
             exact, rough = F.linear(rows, weight), F.linear(rows, quantized)
             final = F.linear(value, quantized)
@@ -199,7 +208,14 @@ class _GroupErrors:
                 "bypass_rate": s["bypassed"] / s["elements"],
                 "tokens_with_bypass": s["touched"] / s["tokens"],
                 "residual_bias_share": self._bias_share(i, s["tokens"], mask),
+                **self._own_ratio(i),
             }
+
+    def _own_ratio(self, i: int) -> dict[str, float]:
+        """Median over channels of the ratio that this modality alone would choose."""
+        if not self.searches:
+            return {}
+        return {"own_ratio_median": float(self.searches[i].best_ratios().median())}
 
     def _bias_share(self, i: int, tokens: float, mask: torch.Tensor | None) -> float:
         """(E r)^2 / E r^2 over masked channels (or all): what a static bias can win back."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from morphoquant.calibration.walk import walk
 from morphoquant.config.schema import BitsConfig, CompensationConfig, MaskConfig, MethodConfig
 from morphoquant.models.structure import MODALITIES
+from morphoquant.quantization.choose import make_search
 from morphoquant.quantization.engine import (
     PROBE,
     PROBE_QUANTIZED,
@@ -135,11 +136,16 @@ def test_errors_of_a_group_from_first_principles(
         assert found == pytest.approx(sqnr(exact, rough - final), abs=0.05)
         if name == "rtn":
             assert row["bypass_rate"] == 0
+            assert "own_ratio_median" not in row
         else:
             gate = source.compensation.gate(x).expand_as(x)[of]
             assert row["bypass_rate"] == pytest.approx(float(gate.double().mean()), abs=1e-3)
             touched = float(gate.any(-1).double().mean())
             assert row["tokens_with_bypass"] == pytest.approx(touched, abs=0.05)
+            search = make_search(quantizer.choices[key], methods[name], W4A4, [])
+            search.update(x[of].float())
+            own = float(search.best_ratios().median())
+            assert row["own_ratio_median"] == pytest.approx(own, abs=0.04)
     assert seen == len(rows) >= 3
 
 
