@@ -215,14 +215,21 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """The table of everything that came through, and of what did not and why."""
+        from morphoquant.analysis.sweeps import ABOUT, read_notes
+        from morphoquant.tracking.rundir import write_atomic
+
         sweep = Path(config.hydra.sweep.dir)
-        notes = [json.loads(p.read_text()) for p in sorted((sweep / JOBS).glob("*.json"))]
+        notes = read_notes(sweep)
         failed = [note for note in notes if "error" in note]
         if failed:  # known here even where the jobs ran in other processes
             _failures.append(EXIT_FAILED)
         try:
             if len(failed) < len(notes):
-                _finish(notes, self._config or load(config), sweep)
+                known = self._config or load(config)
+                given = OmegaConf.to_container(config.hydra.overrides.task)
+                about = {"report": known.report, "overrides": given, "sweep": sweep.name}
+                write_atomic(sweep / ABOUT, lambda p: _write(p, json.dumps(about)))
+                _finish(notes, known, sweep)
         except HarnessError as error:
             _failures.append(EXIT_FAILED)
             complain(error, "The table could not be made:")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from morphoquant.analysis.sweeps import find_sweep
+
 ROOT = Path(__file__).parents[1]
 
 DRIVER = """
@@ -151,6 +153,11 @@ def test_an_ablation_ends_in_paired_differences(tmp_path: Path) -> None:
     assert "lower" in sharp
     assert "-20.0" in sharp
     assert (table.parent / "ablation.png").stat().st_size > 1000
+    sweep = find_sweep(tmp_path / "runs", "experiment=ablation")
+    assert sweep.path == table.parent
+    assert sweep.report == "ablation"
+    assert sweep.command.startswith("python run.py experiment=ablation ablation=base,")
+    assert len(sweep.runs) == 3
     assert "Figure:" in found.stdout
 
 
