@@ -114,7 +114,7 @@ def layer_modality_heatmap(
     for panel in axes:
         panel.tick_params(length=0, labelsize=SMALL)
     bar = made.colorbar(image, ax=axes, pad=0.02, aspect=4 * made.get_figheight())
-    grey = " (grey: not observed)" if np.ma.getmaskarray(_all_cells(axes)).any() else ""
+    grey = " (grey: no value)" if np.ma.getmaskarray(_all_cells(axes)).any() else ""
     bar.set_label(f"{unit}{', log scale' if isinstance(norm, LogNorm) else ''}{grey}", size=TEXT)
     bar.ax.tick_params(labelsize=SMALL)
     return made
@@ -168,7 +168,10 @@ def _all_cells(axes: list[Any]) -> Any:
 
 
 def spelt(number: float) -> str:
-    """A number in few characters: three digits, no exponent below a million."""
-    if number and not 1e-3 <= abs(number) < 1e6:
+    """A number in few characters: three digits, two below one."""
+    size = abs(number)
+    if size >= 1e6 or 0 < size < 1e-3:
         return f"{number:.1e}"
-    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
+    if size >= 100:
+        return f"{number:.0f}"
+    return f"{number:.3g}" if size >= 1 else f"{number:.2g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from morphoquant.analysis.figures.style import (
     GREY,
@@ -96,13 +98,24 @@ def error_over_depth(
         for modality in ordered(here["modality"], MODALITIES):
             line = here[here["modality"] == modality]
             panel.plot(line["block"], line["value"], **modality_line(modality))
-        if value == "relative_error":
-            panel.set_yscale("log")
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in grid.flat[len(places) :]:
         panel.remove()
+    if value == "relative_error":
+        _log_axis(grid[0, 0])
     shared_legend(made, grid.flat[: len(places)])
     return made
+
+
+def _log_axis(panel: Any) -> None:
+    """A logarithmic vertical axis with plain numbers, enough of them on a short axis."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    decades = math.log10(high / low)
+    steps = (1, 1.5, 2, 3, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3 else (1,)
+    panel.yaxis.set_major_locator(LogLocator(subs=steps))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 def sqnr_by_group(errors: pd.DataFrame) -> Figure:
@@ -134,8 +147,9 @@ def clip_and_rounding(errors: pd.DataFrame) -> Figure:
     title = "Clipping, rounding and bypass by layer, input group and modality"
     made, grid = _layer_grid(errors, CLIP_ROWS, title, "%", 100.0)
     for row, (column, _) in zip(grid, CLIP_ROWS, strict=True):
-        if column.endswith("energy_share"):
-            row[0].set_ylim(-3, max(103, row[0].get_ylim()[1]))
+        largest = 100 * np.nanmax(errors[column].to_numpy(float), initial=0.0)
+        whole = column.endswith("energy_share")
+        row[0].set_ylim(*((-3, max(103, largest)) if whole else (0, 1.08 * largest or 1)))
     return made
 
 
@@ -239,7 +253,8 @@ def ratio_histogram(ranges: pd.DataFrame, floor: float | None = None) -> Figure:
 
 def _bins(ratio: np.ndarray, floor: float) -> np.ndarray:
     """Edges around every candidate where they are few, else 32 bins; both ends lie in their own."""
-    found = np.unique(np.append(ratio.round(6), [floor, 1.0]))
+    # Rounded: 0.6 in float32 and in float64 are one candidate.
+    found = np.unique(np.append(ratio, [floor, 1.0]).round(6))
     if len(found) == 1:
         return np.array([found[0] - 0.01, found[0] + 0.01])
     if len(found) > 64:
