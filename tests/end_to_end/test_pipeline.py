@@ -12,6 +12,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from morphoquant import pipeline
+from morphoquant.analysis import table
+from morphoquant.analysis.sweeps import TABLES, read_tables
 from morphoquant.calibration.samples import CalibrationError
 from morphoquant.config import RunConfig, load
 from morphoquant.config.store import register
@@ -143,6 +145,61 @@ def test_calibrating_on_evaluated_samples_is_refused(configure: Callable[..., Ru
     config = configure("method=rtn", "limit=200", f"calibration.sources=[{source}]")
     with pytest.raises(CalibrationError, match=r"leakage.*mmmu/validation_"):
         pipeline.run(config)
+
+
+def test_a_calibration_that_says_it_leaks_runs_and_is_counted(
+    configure: Callable[..., RunConfig],
+) -> None:
+    common = ("method=rtn_static", "limit=200", "benchmark=mini_scienceqa", "reference=false")
+    leaking = configure(*common, "calibration=mini_leaking")
+    result = pipeline.run(leaking)
+    assert result["calibration"]["name"] == "mini_leaking"
+    asked = set(samples(leaking, result)["id"])
+    assert 0 < result["calibration"]["leaked"] <= 50
+    assert len(asked) == 200
+    assert any("LEAKS" in note for note in table.footnotes([result]))
+    quiet = leaking.calibration.model_copy(update={"allow_leakage": False})
+    with pytest.raises(CalibrationError, match="leakage"):
+        pipeline.run(leaking.model_copy(update={"calibration": quiet}))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=morphoquant_reference",),
+        ("method=morphoquant_paper",),
+        ("method=morphoquant_folded",),
+        ("method/compensation=static_bias_per_modality",),
+        ("ablation=mask_local_or_global",),
+        ("ablation=cosine_token",),
+    ],
+    ids=lambda overrides: overrides[0].split("=")[1],
+)
+def test_every_reading_runs_and_leaves_its_atlas(
+    configure: Callable[..., RunConfig], overrides: tuple[str, ...]
+) -> None:
+    config = configure(*overrides, "limit=2", "reference=false")
+    result = pipeline.run(config)
+    tables = read_tables(pipeline.run_path(config, result))
+    assert set(tables) == set(TABLES)
+    errors, ranges = tables["errors"], tables["ranges"]
+    assert len(errors) == 16 * 4, "every group and modality"
+    assert errors["activation_sqnr_db"].between(5, 60).all()
+    assert errors["own_ratio_median"].between(0.05, 1).all()
+    assert ranges["masked"].any()
+    assert (ranges["ratio"] < 1).any()
+    assert set(tables["depth"]["block"]) == {0, 1, 2, 3}
+    assert tables["outliers"]["abs_q99"].notna().all()
+    cost = result["compensation"]
+    assert 0 < cost["masked_share"] <= 1
+    static = config.method.compensation.name == "static_bias"
+    assert (cost["extra_flops_share"] == 0) == (cost["bypass_rate"] == 0) == static
+    assert (cost["stored_numbers"] > 0) == static
+    assert result["bits"]["activation"] == pytest.approx(4 + 12 * cost["bypass_rate"])
+    figures = {p.stem for p in (pipeline.run_path(config, result) / "figures").glob("*.png")}
+    assert {"depth", "sqnr", "clipping", "ratios", "overlap_jaccard"} <= figures
+    assert (pipeline.run_path(config, result) / "quantizers.safetensors").is_file()
+    assert {"kl/text", "kl/image", "kl/video", "kl/audio"} <= set(result["logits"])
 
 
 def test_quantizing_nothing_fails(
