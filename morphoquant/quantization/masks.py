@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -38,6 +39,11 @@ def score_moments(scores: Sequence[tuple[torch.Tensor, int]], config: MaskConfig
         return ScoreMoments(mean, sum(_std(s) * count for s, count in scores) / readers)
     joined = torch.cat([s for s, count in scores for _ in range(count)])
     return ScoreMoments(float(joined.mean()), _std(joined))
+
+
+def score_of(statistics: ChannelStatistics, config: MaskConfig) -> torch.Tensor:
+    """What channels are ranked by, float64 [channels]."""
+    return statistics.dispersion("log1p" if config.score == "random" else config.score)
 
 
 def _std(score: torch.Tensor) -> float:
@@ -93,7 +99,7 @@ def outlier_mask(
         config: score, rules, thresholds and cap.
         moments: over all layers; needed by the global rule.
     """
-    score = statistics.dispersion(config.score)
+    score = score_of(statistics, config)
     return _capped(_marked(score, config, moments), score, config)
 
 
@@ -103,7 +109,7 @@ def group_mask(
     config: MaskConfig,
     moments: Mapping[str, ScoreMoments] | None = None,
 ) -> torch.Tensor:
-    """The mask of an input group: rules, union over modalities, cap, named layers.
+    """The mask of an input group: rules, union over modalities, cap, named layers, blind draw.
 
     Args:
         statistics: of the group's input.
@@ -118,11 +124,12 @@ def group_mask(
     seen = views(statistics, config)
     known = moments or {}
     if list(seen) == [POOLED]:
-        return outlier_mask(seen[POOLED], config, known.get(POOLED))
+        mask = outlier_mask(seen[POOLED], config, known.get(POOLED))
+        return _drawn(mask, names, config)
     joined: torch.Tensor | None = None
     ranks: torch.Tensor | None = None
     for name, part in seen.items():
-        score = part.dispersion(config.score)
+        score = score_of(part, config)
         mask = _marked(score, config, known.get(name))
         # Modalities differ in scale: a channel ranks by how far it stands out in its best one.
         rank = (score - score.mean()) / max(_std(score), torch.finfo(torch.float64).tiny)
@@ -130,4 +137,13 @@ def group_mask(
         ranks = rank if ranks is None else torch.maximum(ranks, rank)
     assert joined is not None
     assert ranks is not None
-    return _capped(joined, ranks, config)
+    return _drawn(_capped(joined, ranks, config), names, config)
+
+
+def _drawn(mask: torch.Tensor, names: Sequence[str], config: MaskConfig) -> torch.Tensor:
+    """The mask itself; for the blind control as many channels at random, by layer and seed."""
+    if config.score != "random":
+        return mask
+    salt = zlib.crc32("\n".join(names).encode()) + (config.seed << 32)
+    order = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(salt))
+    return mask[order.to(mask.device)]

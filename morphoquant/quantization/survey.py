@@ -19,7 +19,7 @@ from morphoquant.config.schema import BitsConfig, MethodConfig
 from morphoquant.models.adapter import Batch, OmniAdapter
 from morphoquant.models.structure import Block, InputGroup, Tower
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
-from morphoquant.quantization.masks import ScoreMoments, score_moments, views
+from morphoquant.quantization.masks import ScoreMoments, score_moments, score_of, views
 from morphoquant.quantization.weights import quantize_weight
 
 
@@ -62,7 +62,7 @@ class Surveyor:
             if group.name not in found:
                 continue
             for view, part in views(found[group.name], config).items():
-                score = part.dispersion(config.score).cpu()
+                score = score_of(part, config).cpu()
                 self.scores.setdefault(view, []).append((score, len(group.linears)))
 
 

@@ -201,3 +201,18 @@ def test_every_score_gives_a_mask_on_adversarial_channels(score: str) -> None:
     assert mask.dtype == torch.bool
     assert not mask.all()
     assert not mask[0]
+
+
+def test_the_blind_control_has_the_same_size_and_other_channels() -> None:
+    """Drawn by layer and seed: the same twice, another for another layer or seed."""
+    found = modalities(activations(), activations(1))
+    real = group_mask(found, ["a"], loose())
+
+    def drawn(name: str, seed: int = 0) -> torch.Tensor:
+        return group_mask(found, [name], loose(score="random", seed=seed))
+
+    assert int(drawn("a").sum()) == int(real.sum()) > 0
+    assert torch.equal(drawn("a"), drawn("a"))
+    others = [drawn("b"), drawn("c"), drawn("a", seed=1), drawn("a", seed=2)]
+    assert any(not torch.equal(drawn("a"), other) for other in others)
+    assert any(not torch.equal(real, other) for other in [drawn("a"), *others])
