@@ -66,6 +66,8 @@ def statistics_tables(config: RunConfig, quantizer: BlockQuantizer) -> dict[str,
 def range_columns(quantizer: BlockQuantizer) -> dict[str, list[Any]]:
     """Per channel of every statically quantized group: start, final range, ratio, mask."""
     columns: dict[str, list[Any]] = {}
+    if quantizer.method.activation.granularity != "per_channel":
+        return columns  # one range for all channels: the manifest has it
     for (layer, group), choice in quantizer.choices.items():
         count = choice.final.lo.numel()
         ratios = [1.0] * count if choice.ratios is None else choice.ratios.tolist()
@@ -79,7 +81,7 @@ def range_columns(quantizer: BlockQuantizer) -> dict[str, list[Any]]:
             "start_lo": choice.start.lo.tolist(),
             "start_hi": choice.start.hi.tolist(),
             "ratio": ratios,
-            "masked": masked if len(masked) == count else [False] * count,
+            "masked": masked,
         }
         for name, value in values.items():
             columns.setdefault(name, []).extend(value)

@@ -84,10 +84,30 @@ def _activation(cfg: RunConfig) -> Iterator[str]:
                 f"{where} with method.activation.mode='dynamic': a channel's range over tokens is "
                 "not known while tokens are generated. Set method.activation.mode=static."
             )
+        if activation.granularity == "per_modality":
+            yield (
+                f"{where} with method.activation.mode='dynamic': a modality's scale is fixed in "
+                "calibration. Set method.activation.mode=static."
+            )
     elif activation.granularity in ("per_token", "per_group"):
         yield (
             f"{where} with method.activation.mode='static': tokens are not known in calibration. "
             "Set method.activation.mode=dynamic, or method.activation.granularity=per_channel."
+        )
+    found = activation.range
+    if found.name == "percentile" and (
+        activation.granularity not in ("per_tensor", "per_modality") or not activation.symmetric
+    ):
+        yield (
+            f"method.activation.range.name='percentile' with {where}, symmetric="
+            f"{activation.symmetric}: percentiles are of |x| over all channels. Set method/"
+            "activation=per_tensor_static or per_modality_static, or range.name=mse."
+        )
+    if found.name == "mse" and activation.mode != "static":
+        yield (
+            f"method.activation.range.name='mse' with method.activation.mode={activation.mode!r}: "
+            "the search is over static ranges. Set method.activation.mode=static, or "
+            "method.activation.range.name=minmax."
         )
     if activation.grid != "restricted" and not activation.symmetric:
         yield (

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from morphoquant.calibration.statistics import ChannelStatistics
+from morphoquant.calibration.histogram import LayerDistribution
+from morphoquant.calibration.statistics import ChannelStatistics, ModalityStatistics
 from morphoquant.config.schema import ActivationConfig
 from morphoquant.formats import fake_quantize_activation
 from morphoquant.formats.integer import (
@@ -17,6 +18,7 @@ from morphoquant.formats.integer import (
     reduce_minmax,
     scale_from_range,
 )
+from morphoquant.models.structure import MODALITIES
 from morphoquant.quantization.ranges import (
     StaticGrid,
     StaticRange,
@@ -51,7 +53,7 @@ class DynamicQuantizer(nn.Module):
         self.bits, self.symmetric, self.clip_ratio = bits, symmetric, clip_ratio
         self.group_size = group_size
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """[..., channels] -> the same shape and dtype, on the grid."""
         return fake_quantize_activation(
             x,
@@ -63,7 +65,9 @@ class DynamicQuantizer(nn.Module):
             self.grid,
         )
 
-    def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def bounds(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest level at every element of ``x`` (broadcastable to it)."""
         grid = Grid(self.bits, self.grid if self.symmetric else "asymmetric")
         kind: Granularity = "per_token" if self.group_size is None else "per_group"
@@ -80,10 +84,11 @@ class DynamicQuantizer(nn.Module):
 
 
 class StaticQuantizer(nn.Module):
-    """Range fixed in calibration: one per channel, or one for the tensor.
+    """Range fixed in calibration: one per channel, one for the tensor, or one per modality.
 
     Args:
-        chosen: the clipping range, tensors of [channels] (or [1]).
+        chosen: the clipping range, tensors of [channels], [1], or [1 + modalities, 1]: the row of
+            all tokens first, then one for every modality in the order of ``MODALITIES``.
         bits: grid width.
     """
 
@@ -98,14 +103,29 @@ class StaticQuantizer(nn.Module):
         for name in ("step", "offset", "low", "high"):
             self.register_buffer(name, getattr(grid, name))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., channels] -> the same shape and dtype, on the grid."""
-        grid = StaticGrid(self.step, self.offset, self.low, self.high)
-        return grid(x.float()).to(x.dtype)
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the scale depends on a token's modality."""
+        return self.step.ndim == 2
 
-    def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest level of every channel, float32 [channels] (or [1])."""
-        return (self.low + self.offset) * self.step, (self.high + self.offset) * self.step
+    def _grid(self, labels: torch.Tensor | None) -> StaticGrid:
+        values = (self.step, self.offset, self.low, self.high)
+        if self.needs_labels:
+            # Padding is labelled -1 and takes the row of all tokens, as unlabelled tokens do.
+            row = torch.tensor(0) if labels is None else labels.long().clamp_min(-1) + 1
+            values = tuple(value[row.to(value.device)] for value in values)  # type: ignore[assignment]
+        return StaticGrid(*values)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., channels], labels [...] -> the same shape and dtype, on the grid."""
+        return self._grid(labels)(x.float()).to(x.dtype)
+
+    def bounds(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest level at every element of ``x`` (broadcastable to it)."""
+        grid = self._grid(labels)
+        return (grid.low + grid.offset) * grid.step, (grid.high + grid.offset) * grid.step
 
 
 def dynamic_quantizer(config: ActivationConfig, bits: int) -> DynamicQuantizer:
@@ -117,29 +137,72 @@ def dynamic_quantizer(config: ActivationConfig, bits: int) -> DynamicQuantizer:
 def static_range(
     config: ActivationConfig, statistics: ChannelStatistics, mask: torch.Tensor | None
 ) -> StaticRange:
-    """The range before any search, for ``mode: static``.
+    """The range of every channel before any search, for ``mode: static``.
 
     Args:
-        config: granularity, symmetry, grid.
+        config: symmetry, grid.
         statistics: of all non-padding calibration tokens.
         mask: bool [channels] of *dynamically* compensated channels, or None.
     """
-    if config.granularity == "per_tensor":
-        edge = statistics.absmax.max().float().reshape(1)
-        start = StaticRange(-edge, edge, torch.zeros_like(edge, dtype=torch.bool))
-        if not config.symmetric:
-            lo, hi = statistics.lo.min().float(), statistics.hi.max().float()
-            affine = torch.ones_like(start.affine)
-            start = StaticRange(lo.reshape(1), hi.reshape(1), affine)
-    elif config.symmetric:
+    if config.symmetric:
         near = mask if config.range.masked_edge == "near" else None
         start = initial_range(statistics, near, config.affine_when_sign_constant)
     else:
         lo, hi = statistics.lo.float(), statistics.hi.float()
         start = StaticRange(lo, hi, torch.ones_like(lo, dtype=torch.bool))
+    return _as_configured(start, config)
+
+
+def tensor_range(config: ActivationConfig, statistics: ModalityStatistics) -> StaticRange:
+    """The range of all channels together before any search: [1], or one per modality [1 + M, 1].
+
+    Per modality (MQuant's modality-specific static quantization, SPEC 4.8) the first row is of all
+    tokens; a modality that calibration never showed takes it too.
+    """
+    pooled = statistics.pooled()
+    parts: list[tuple[ChannelStatistics, LayerDistribution | None]] = [
+        (pooled, statistics.pooled_distribution())
+    ]
+    if config.granularity == "per_modality":
+        for modality in MODALITIES:
+            known = statistics.parts[modality].n > 0
+            found = (statistics.parts[modality], statistics.distributions.get(modality))
+            parts.append(found if known else parts[0])
+    edges, lows, highs = [], [], []
+    for part, distribution in parts:
+        edge = float(part.absmax.max())
+        if config.range.name == "percentile":
+            assert distribution is not None, "percentiles need histograms"
+            quantile = distribution.magnitudes.quantile(config.range.percentile / 100)
+            edge = min(edge, quantile) if quantile > 0 else edge
+        edges.append(edge)
+        lows.append(float(part.lo.min()))
+        highs.append(float(part.hi.max()))
+    shape = (-1, 1) if config.granularity == "per_modality" else (-1,)
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=pooled.lo.device).reshape(shape)
+
+    if config.symmetric:
+        edge_column = column(edges)
+        affine = torch.zeros_like(edge_column, dtype=torch.bool)
+        start = StaticRange(-edge_column, edge_column, affine)
+    else:
+        lo, hi = column(lows), column(highs)
+        start = StaticRange(lo, hi, torch.ones_like(lo, dtype=torch.bool))
+    return _as_configured(start, config)
+
+
+def _as_configured(start: StaticRange, config: ActivationConfig) -> StaticRange:
     start = replace(start, kind=config.grid, towards_zero=config.range.shrink == "towards_zero")
     ratio = config.range.clip_ratio
     return start if ratio == 1.0 else start.shrunk(ratio)
 
 
-__all__ = ["DynamicQuantizer", "StaticQuantizer", "dynamic_quantizer", "static_range"]
+__all__ = [
+    "DynamicQuantizer",
+    "StaticQuantizer",
+    "dynamic_quantizer",
+    "static_range",
+    "tensor_range",
+]

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from morphoquant.calibration.statistics import ModalityStatistics
-from morphoquant.config.schema import BitsConfig, CompensationConfig, MethodConfig
-from morphoquant.quantization.activation import StaticQuantizer, static_range
+from morphoquant.config.schema import BitsConfig, CompensationConfig, MethodConfig, RangeConfig
+from morphoquant.quantization.activation import StaticQuantizer, static_range, tensor_range
 from morphoquant.quantization.compensation import build_compensation
 from morphoquant.quantization.masks import ScoreMoments, group_mask
 from morphoquant.quantization.mdqfo import RangeSearch, Search
 from morphoquant.quantization.mdqfo_gradient import GradientSearch
 from morphoquant.quantization.mdqfo_joint import JointSearch
+from morphoquant.quantization.mdqfo_tensor import TensorSearch
 from morphoquant.quantization.ranges import StaticRange
 
 
@@ -47,8 +48,11 @@ def start_choice(
     mask = None
     if compensation.name != "none":
         mask = group_mask(statistics, linears, compensation.mask, moments)
-    dynamic = mask if compensation.name == "dabc" else None
-    start = static_range(method.activation, statistics.pooled(), dynamic)
+    if method.activation.granularity == "per_channel":
+        dynamic = mask if compensation.name == "dabc" else None
+        start = static_range(method.activation, statistics.pooled(), dynamic)
+    else:
+        start = tensor_range(method.activation, statistics)
     return GroupChoice(start, mask, start)
 
 
@@ -58,7 +62,7 @@ def make_search(
     bits: BitsConfig,
     weights: Iterable[torch.Tensor],
     ratios: torch.Tensor | None = None,
-) -> RangeSearch | JointSearch:
+) -> Search:
     """The grid search of a group, or with ``ratios`` the comparison of given candidates.
 
     Args:
@@ -67,7 +71,16 @@ def make_search(
         weights: [out, channels] of the linears that read the group, for ``output_weighting``.
         ratios: float32 [candidates, channels].
     """
-    config = method.activation.range
+    config, weights = method.activation.range, list(weights)
+    if config.name == "mse":
+        config = RangeConfig(
+            name="mse",
+            candidates=config.candidates,
+            min_ratio=config.min_ratio,
+            chunk_mb=config.chunk_mb,
+        )
+    if method.activation.granularity != "per_channel":
+        return TensorSearch(choice.start, weights[0].shape[1], bits.activation, config)
     mask = choice.mask if method.compensation.name == "dabc" else None
     by_token = config.cosine == "token" and config.cosine_weight > 0
     if config.ratio_per == "channel" and not by_token:
@@ -101,7 +114,7 @@ class SearchingQuantizer(nn.Module):
         super().__init__()
         self.search, self.bits, self.mask, self.config = search, bits, mask, config
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """[..., channels] -> quantized and compensated, at the current best range."""
         chosen = self.search.result()
         rounded: torch.Tensor = StaticQuantizer(chosen, self.bits)(x)

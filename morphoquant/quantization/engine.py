@@ -99,7 +99,7 @@ class BlockQuantizer:
     def searches(self) -> bool:
         """Whether the method looks at activations a second time, for the range search."""
         chosen = self.method.activation.range
-        return self.is_static and chosen.name == "mdqfo" and chosen.search
+        return self.is_static and chosen.name in ("mdqfo", "mse") and chosen.search
 
     @property
     def learns(self) -> bool:
@@ -116,7 +116,8 @@ class BlockQuantizer:
     @property
     def needs_labels(self) -> bool:
         """Whether the quantized model must know the modality of the tokens it is given."""
-        return self.biases and self.method.compensation.per_modality
+        by_range = self.is_static and self.method.activation.granularity == "per_modality"
+        return by_range or (self.biases and self.method.compensation.per_modality)
 
     @property
     def manifest(self) -> Manifest:
@@ -201,7 +202,9 @@ class BlockQuantizer:
 
         def see(group: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
             if group.name not in found:
-                found[group.name] = ModalityStatistics(x.shape[-1], x.device, self.histograms)
+                percentile = self.method.activation.range.name == "percentile"
+                histograms = self.histograms or (self.is_static and percentile)
+                found[group.name] = ModalityStatistics(x.shape[-1], x.device, histograms)
             found[group.name].update(x, labels)
 
         wanted = self.observe or self.is_static
@@ -376,6 +379,9 @@ def _updating(searches: Mapping[str, Search]) -> Observer:
         rows = x.reshape(-1, x.shape[-1])
         kinds = labels.reshape(-1)
         padded = bool((kinds < 0).any())
-        searches[group.name].update(rows[kinds >= 0] if padded else rows)
+        real = kinds >= 0
+        searches[group.name].update(
+            rows[real] if padded else rows, kinds[real] if padded else kinds
+        )
 
     return see

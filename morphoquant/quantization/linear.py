@@ -82,7 +82,7 @@ class GroupInput(nn.Module):
         if not self.quantizes:
             return x
         assert self.quantizer is not None
-        rounded = self.quantizer(x)
+        rounded = self.round(x)
         self.tokens += x.numel() // x.shape[-1]
         self.elements += x.numel()
         if self.compensation is None:
@@ -91,14 +91,34 @@ class GroupInput(nn.Module):
         self._bypassed = self._bypassed + bypassed
         return result
 
+    def _labels(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.labels is None else self.labels.matching(x)
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """x_hat [..., channels] on the quantizer's grid; counts nothing."""
+        if self.quantizer is None:
+            return x
+        found: torch.Tensor = self.quantizer(x, self._labels(x))
+        return found
+
+    def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest level at every element of ``x``; infinite without a quantizer."""
+        if self.quantizer is None:
+            edge = torch.full((1,), torch.inf, device=x.device)
+            return -edge, edge
+        bounds: Any = self.quantizer.bounds
+        found: tuple[torch.Tensor, torch.Tensor] = bounds(x, self._labels(x))
+        return found
+
     def compensate(
         self, x: torch.Tensor, rounded: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | int]:
         """(x, x_hat) [..., channels] -> x_tilde and how many elements bypassed; counts nothing."""
         if self.compensation is None:
             return rounded, 0
-        labels = None if self.labels is None else self.labels.matching(x)
-        found: tuple[torch.Tensor, torch.Tensor | int] = self.compensation(x, rounded, labels)
+        found: tuple[torch.Tensor, torch.Tensor | int] = self.compensation(
+            x, rounded, self._labels(x)
+        )
         return found
 
 

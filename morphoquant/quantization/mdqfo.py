@@ -31,8 +31,8 @@ class Search(Protocol):
 
     initial: StaticRange
 
-    def update(self, x: torch.Tensor) -> None:
-        """Add one batch of activations [rows, channels] (no padding rows)."""
+    def update(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        """Add one batch: activations [rows, channels] without padding, their modalities [rows]."""
 
     def best_ratios(self) -> torch.Tensor:
         """float32 [channels]."""
@@ -120,8 +120,8 @@ class RangeSearch:
         self.sums = Sums(len(ranges), channels, device)
         self.average: torch.Tensor | None = None
 
-    def update(self, x: torch.Tensor) -> None:
-        """Add one batch of activations [rows, channels] (no padding rows)."""
+    def update(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        """Add one batch of activations [rows, channels] (no padding rows); labels do not matter."""
         averaged = self.config.accumulate == "ema"
         if averaged:
             if x.shape[0] == 0:

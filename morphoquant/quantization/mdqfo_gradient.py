@@ -53,7 +53,7 @@ class GradientSearch:
             self.log_ratio = torch.zeros_like(self.initial.lo).requires_grad_()
         self.optimizer = torch.optim.Adam([self.log_ratio], lr=config.learning_rate, betas=BETAS)
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> None:
         """Take ``config.steps`` steps on one batch of activations [rows, channels].
 
         Raises:

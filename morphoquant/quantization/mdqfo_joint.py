@@ -69,8 +69,8 @@ class JointSearch:
         self.norm, self.tokens = 0.0, 0
         self.average: torch.Tensor | None = None
 
-    def update(self, x: torch.Tensor) -> None:
-        """Add one batch of activations [rows, channels] (no padding rows)."""
+    def update(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        """Add one batch of activations [rows, channels] (no padding rows); labels do not matter."""
         if x.shape[0] == 0:
             return
         averaged = self.config.accumulate == "ema"

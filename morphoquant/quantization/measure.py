@@ -137,7 +137,7 @@ class _GroupErrors:
     def update(self, x: torch.Tensor, kinds: torch.Tensor) -> None:
         """Add activations [..., channels] with modality labels [...]; padding is skipped."""
         source = self.source
-        rounded = x if source.quantizer is None else source.quantizer(x)
+        rounded = source.round(x)
         value, _ = source.compensate(x, rounded)
         gate = getattr(source.compensation, "gate", None)
         opened = None if gate is None else gate(x).expand_as(x)
@@ -145,14 +145,10 @@ class _GroupErrors:
         keep = flat >= 0
         rows, slot = x.reshape(-1, x.shape[-1])[keep], flat[keep].long()
         rounded, value = (t.reshape(-1, x.shape[-1])[keep] for t in (rounded, value))
-        if source.quantizer is None:
-            clipped = rows
-        else:
-            low, high = source.quantizer.bounds(x)  # type: ignore[operator]
-            low, high = (b.expand_as(x).reshape(-1, x.shape[-1])[keep] for b in (low, high))
-            clipped = torch.minimum(torch.maximum(rows, low), high)
-            self._add("below", slot, (rows < low).sum(-1))
-            self._add("above", slot, (rows > high).sum(-1))
+        low, high = (b.expand_as(x).reshape(-1, x.shape[-1])[keep] for b in source.bounds(x))
+        clipped = torch.minimum(torch.maximum(rows, low), high)
+        self._add("below", slot, (rows < low).sum(-1))
+        self._add("above", slot, (rows > high).sum(-1))
         self._add("tokens", slot, torch.ones_like(slot))
         self._add("elements", slot, torch.full_like(slot, x.shape[-1]))
         self._add("signal", slot, _energy(rows))
@@ -167,7 +163,7 @@ class _GroupErrors:
         self._add_channels(rows - rounded, slot)
         for i, search in enumerate(self.searches):
             if bool((slot == i).any()):
-                search.update(rows[slot == i])
+                search.update(rows[slot == i], slot[slot == i])
         for weight, quantized in self.weights:
             exact, rough = F.linear(rows, weight), F.linear(rows, quantized)
             final = F.linear(value, quantized)

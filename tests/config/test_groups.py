@@ -58,7 +58,10 @@ def test_every_choice(composed: Callable[..., RunConfig], group: str, choice: st
 def test_every_slot_choice(composed: Callable[..., RunConfig], slot: str, choice: str) -> None:
     # On a method that goes with every choice of the slot.
     static = slot in ("activation/range", "compensation") or choice == "int_folded"
-    composed(f"method={'rtn_static' if static else 'rtn'}", f"method/{slot}={choice}")
+    base = [f"method={'rtn_static' if static else 'rtn'}"]
+    if choice == "percentile":
+        base.append("method/activation=per_tensor_static")
+    composed(*base, f"method/{slot}={choice}")
 
 
 def test_fp16_is_the_schema(composed: Callable[..., RunConfig]) -> None:

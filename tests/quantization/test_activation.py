@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphoquant.calibration.statistics import ChannelStatistics
+from morphoquant.calibration.statistics import ChannelStatistics, ModalityStatistics
 from morphoquant.config.schema import ActivationConfig, RangeConfig
 from morphoquant.quantization.activation import (
     DynamicQuantizer,
     StaticQuantizer,
     dynamic_quantizer,
     static_range,
+    tensor_range,
 )
 
 
@@ -34,6 +35,10 @@ def static(x: torch.Tensor, bits: int = 4, **changes: object) -> StaticQuantizer
     config = ActivationConfig(**(base | changes))  # type: ignore[arg-type]
     statistics = ChannelStatistics(x.shape[-1])
     statistics.update(x.reshape(-1, x.shape[-1]))
+    if config.granularity == "per_tensor":
+        whole = ModalityStatistics(x.shape[-1])
+        whole.update(x, torch.zeros(x.shape[:-1], dtype=torch.int8))
+        return StaticQuantizer(tensor_range(config, whole), bits)
     return StaticQuantizer(static_range(config, statistics, None), bits)
 
 

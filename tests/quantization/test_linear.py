@@ -23,7 +23,7 @@ class Counting(nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: object = None) -> torch.Tensor:
         self.calls += 1
         return x + 1
 

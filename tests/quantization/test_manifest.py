@@ -36,6 +36,13 @@ BITS = BitsConfig(weight=4, activation=4)
 GROUPS = (InputGroup("attn_in", ("q", "k")), InputGroup("attn_out", ("o",)))
 
 
+class Unchanged(nn.Module):
+    """A quantizer whose grid holds everything."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return x
+
+
 def plain_block(name: str = "layers.0") -> Block:
     module = nn.Module()
     for linear in ("q", "k", "o"):
@@ -47,7 +54,7 @@ def quantized_block(mask: torch.Tensor | None = None) -> tuple[Block, Manifest]:
     block, records = plain_block(), []
     for group in GROUPS:
         source = GroupInput(len(group.linears))
-        source.quantizer = nn.Identity()
+        source.quantizer = Unchanged()
         if mask is not None:
             source.compensation = DynamicCompensation(mask)
         for name in group.linears:

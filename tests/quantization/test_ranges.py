@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphoquant.calibration.statistics import ChannelStatistics
+from morphoquant.calibration.statistics import ChannelStatistics, ModalityStatistics
 from morphoquant.config.schema import ActivationConfig, RangeConfig
-from morphoquant.quantization.activation import static_range
+from morphoquant.quantization.activation import StaticQuantizer, static_range, tensor_range
+from morphoquant.quantization.mdqfo_tensor import TensorSearch
 from morphoquant.quantization.ranges import StaticRange, initial_range
 
 values = st.floats(-1e3, 1e3, width=32)
@@ -173,14 +174,83 @@ def activation(**changes: object) -> ActivationConfig:
     return ActivationConfig(**(base | changes))  # type: ignore[arg-type]
 
 
+def by_modality(text: torch.Tensor, audio: torch.Tensor) -> ModalityStatistics:
+    found = ModalityStatistics(text.shape[1])
+    found.update(text, torch.zeros(len(text), dtype=torch.int8))
+    found.update(audio, torch.full((len(audio),), 3, dtype=torch.int8))
+    return found
+
+
 def test_per_tensor_range() -> None:
-    found = static_range(activation(granularity="per_tensor"), seen(ADVERSARIAL), None)
+    statistics = by_modality(ADVERSARIAL, ADVERSARIAL[:1])
+    found = tensor_range(activation(granularity="per_tensor"), statistics)
     assert (found.lo.tolist(), found.hi.tolist()) == ([-99.0], [99.0])
-    affine = static_range(
-        activation(granularity="per_tensor", symmetric=False), seen(ADVERSARIAL), None
-    )
+    affine = tensor_range(activation(granularity="per_tensor", symmetric=False), statistics)
     assert (affine.lo.tolist(), affine.hi.tolist()) == ([-5.0], [99.0])
     assert affine.grid(4)(ADVERSARIAL).shape == ADVERSARIAL.shape
+
+
+def test_per_modality_ranges_and_who_takes_them() -> None:
+    """MSQ: text and audio have their own scales, image and video were never shown."""
+    text, audio = torch.randn(50, 6), torch.randn(30, 6) * 20
+    found = tensor_range(activation(granularity="per_modality"), by_modality(text, audio))
+    edges = found.hi.flatten().tolist()
+    largest, small = float(audio.abs().max()), float(text.abs().max())
+    assert edges == pytest.approx([largest, small, largest, largest, largest])
+    quantizer = StaticQuantizer(found, 4)
+    assert quantizer.needs_labels
+    x = torch.cat([text, audio])[None]
+    labels = torch.tensor([0] * 50 + [3] * 30, dtype=torch.int8)[None]
+    rounded = quantizer(x, labels)
+    for values, edge, where in ((text, small, slice(0, 50)), (audio, largest, slice(50, 80))):
+        expected = (values / (edge / 7)).round().clamp(-7, 7) * (edge / 7)
+        torch.testing.assert_close(rounded[0, where], expected)
+    unlabelled, padding = quantizer(x), quantizer(x, torch.full_like(labels, -1))
+    assert torch.equal(unlabelled, padding)
+    low, high = quantizer.bounds(x, labels)
+    assert high[0, 0].item() == pytest.approx(small)
+    assert low[0, -1].item() == pytest.approx(-largest)
+
+
+def test_percentile_cuts_the_rare_values() -> None:
+    x = torch.rand(1000, 10)
+    x[0, 0] = 50.0
+    config = activation(granularity="per_tensor", range=RangeConfig(name="percentile"))
+    found = tensor_range(config, by_modality(x, x[1:2]))
+    assert found.hi.item() == pytest.approx(1.0, rel=0.02)
+    loose = config.range.model_copy(update={"percentile": 100.0})
+    whole = tensor_range(config.model_copy(update={"range": loose}), by_modality(x, x[1:2]))
+    assert whole.hi.item() == pytest.approx(50.0, rel=0.01)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_modality"])
+def test_least_squares_ranges_of_a_tensor(granularity: str) -> None:
+    """Every range by itself: the best of the ratios on its own tokens."""
+    draw = torch.Generator().manual_seed(3)
+    text, audio = (torch.randn(200, 6, generator=draw) * s for s in (1, 30))
+    text[0, 0], audio[0, 0] = 12.0, 400.0
+    settings = activation(granularity=granularity, range=RangeConfig(name="mse", min_ratio=0.1))
+    start = tensor_range(settings, by_modality(text, audio))
+    search = TensorSearch(start, 6, 4, settings.range)
+    x = torch.cat([audio, text])
+    labels = torch.tensor([3] * 200 + [0] * 200)
+    search.update(x[:150], labels[:150])
+    search.update(x[150:], labels[150:])
+    chosen = search.result()
+    rows = [(0, x)] if granularity == "per_tensor" else [(0, x), (1, text), (4, audio)]
+    for row, values in rows:
+        edge = start.hi.flatten()[row]
+        errors = {}
+        for ratio in search.searches[0].ratios:
+            step = edge * ratio / 7
+            rounded = (values / step).round().clamp(-7, 7) * step
+            errors[ratio] = float(((values - rounded).double() ** 2).sum())
+        best = chosen.hi.flatten()[row] / edge
+        nearest = min(errors, key=lambda r: abs(r - float(best)))
+        assert errors[nearest] <= min(errors.values()) * (1 + 1e-5)
+        assert best < 1
+    if granularity == "per_modality":
+        assert chosen.hi.flatten()[2] == start.hi.flatten()[2]
 
 
 def test_asymmetric_range_spans_the_channel() -> None:
