@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -290,7 +290,8 @@ def print_rich(frame: pd.DataFrame, notes: Sequence[str] = (), title: str = TITL
     headers, rows = _cells(frame)
     shown = Table(title=title, title_justify="left")
     for header in headers:
-        shown.add_column(header, justify="left" if header in TEXT else "right")
+        side: Literal["left", "right"] = "left" if header in TEXT else "right"
+        shown.add_column(header, justify=side, overflow="fold")  # never cut a name
     for cells in rows:
         shown.add_row(*map(escape, cells))
     console.print(shown)

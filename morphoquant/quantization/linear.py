@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from morphoquant.models.structure import TokenLabels
+from morphoquant.quantization.low_rank import LowRank
 
 Show = Callable[[torch.Tensor], None]
 
@@ -30,6 +31,8 @@ class GroupInput(nn.Module):
         quantizer: fake quantizer of the activation, or None to leave it bit for bit.
         compensation: ``(x, x_hat, labels) -> (x_tilde, bypassed)`` or None.
         labels: the modality of the tokens that go through, where that is known.
+        keeps_input, input: whether the activation is kept as it was before its quantizer, for
+            branches in high precision that read it; the one of the last call.
         tokens, elements, bypassed: what went through the quantizer since the last reset;
             ``bypassed`` counts elements that stayed in high precision.
     """
@@ -46,6 +49,8 @@ class GroupInput(nn.Module):
         self._source: torch.Tensor | None = None
         self._result: torch.Tensor | None = None
         self._reads = 0
+        self.keeps_input = False
+        self.input: torch.Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -77,6 +82,8 @@ class GroupInput(nn.Module):
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         if self.online is not None:
             x = self.online(x)
+        if self.keeps_input:
+            self.input = x
         if self.observer is not None:
             self.observer(x)
         if not self.quantizes:
@@ -128,6 +135,8 @@ class QuantizedLinear(nn.Module):
     Attributes:
         weight: dequantized weight [out, in], compute dtype.
         bias: [out] or None, never quantized.
+        branch_up, branch_down: [out, rank] and [rank, in] of a branch in high precision that reads
+            the activation before its quantizer, or None.
         calls: forward calls since the last reset.
     """
 
@@ -136,6 +145,10 @@ class QuantizedLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.source = source
+        self.branch_up: torch.Tensor | None
+        self.branch_down: torch.Tensor | None
+        self.register_buffer("branch_up", None)
+        self.register_buffer("branch_down", None)
         self.calls = 0
 
     @property
@@ -148,7 +161,22 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return F.linear(self.source(x), self.weight, self.bias)
+        out = F.linear(self.source(x), self.weight, self.bias)
+        if self.branch_up is None:
+            return out
+        assert self.source.input is not None
+        return out + self.branch(self.source.input)
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What the branch adds: [..., in] -> [..., out]; zero without one."""
+        if self.branch_up is None or self.branch_down is None:
+            return x.new_zeros((*x.shape[:-1], self.out_features))
+        return F.linear(F.linear(x, self.branch_down), self.branch_up)
+
+    def set_branch(self, branch: LowRank) -> None:
+        """Put a low-rank branch beside the weight."""
+        self.branch_up, self.branch_down = branch.up, branch.down
+        self.source.keeps_input = True
 
     @contextmanager
     def observe_input(self, show: Show) -> Iterator[None]:

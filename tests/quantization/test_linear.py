@@ -16,6 +16,13 @@ from morphoquant.quantization.linear import GroupInput, QuantizedLinear
 from morphoquant.quantization.ranges import StaticRange
 
 
+class Unchanged(nn.Module):
+    """A quantizer whose grid holds everything."""
+
+    def forward(self, x: torch.Tensor, labels: object = None) -> torch.Tensor:
+        return x
+
+
 class Counting(nn.Module):
     """Adds one, and counts how often."""
 
@@ -115,7 +122,7 @@ def test_disabled_quantizer_does_nothing() -> None:
 def test_observer_sees_what_reaches_the_quantizer() -> None:
     """Behind the online rewrite, before rounding, once per forward."""
     seen: list[torch.Tensor] = []
-    source, linears = group(2, online=Counting(), quantizer=nn.ReLU())
+    source, linears = group(2, online=Counting(), quantizer=Unchanged())
     x = -torch.rand(4, 8)
     with linears[0].observe_input(seen.append):
         for layer in linears:
@@ -140,7 +147,7 @@ def test_observer_is_removed_after_an_error() -> None:
 def test_bypassed_elements_are_counted() -> None:
     mask = torch.zeros(8, dtype=torch.bool)
     mask[:2] = True
-    source, linears = group(2, quantizer=nn.Identity(), compensation=DynamicCompensation(mask))
+    source, linears = group(2, quantizer=Unchanged(), compensation=DynamicCompensation(mask))
     for _ in range(3):
         x = torch.randn(5, 8)
         for layer in linears:
@@ -154,7 +161,7 @@ def test_bypassed_elements_are_counted() -> None:
 def test_element_bypass_is_counted_per_element() -> None:
     mask = torch.ones(8, dtype=torch.bool)
     compensation = DynamicCompensation(mask, torch.full((8,), 0.5))
-    source, linears = group(1, quantizer=nn.Identity(), compensation=compensation)
+    source, linears = group(1, quantizer=Unchanged(), compensation=compensation)
     total = 0
     for seed in range(3):
         x = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
