@@ -167,19 +167,42 @@ def _search(cfg: RunConfig) -> Iterator[str]:
 
 
 def _compensation(cfg: RunConfig) -> Iterator[str]:
-    compensation = cfg.method.compensation
+    compensation, activation = cfg.method.compensation, cfg.method.activation
     if compensation.name == "none":
         return
-    if not _is_static_per_channel(cfg):
-        what = {
-            "dabc": "it returns the residual of static channel ranges",
-            "static_bias": "the mean residual is known for static ranges only",
-        }[compensation.name]
+    static = _is_static_per_channel(cfg)
+    if compensation.name == "static_bias" and not static:
         yield (
-            f"method.compensation.name={compensation.name!r} with {_activation_words(cfg)}: "
-            f"{what}. Set method/activation=per_channel_static (or per_channel_mdqfo), or "
-            "method/compensation=none."
+            f"method.compensation.name='static_bias' with {_activation_words(cfg)}: the mean "
+            "residual is known for static ranges per channel only. Set method/activation="
+            "per_channel_static (or per_channel_mdqfo), or method/compensation=none."
         )
+    dynamic = activation.format != "none" and activation.mode == "dynamic"
+    by_element = compensation.name == "dabc" and compensation.reading == "element"
+    if compensation.name == "dabc" and not static and (by_element or not dynamic):
+        yield (
+            f"method.compensation.name='dabc', reading={compensation.reading!r} with "
+            f"{_activation_words(cfg)}: elements pass the edge of static ranges per channel, whole "
+            "channels those or dynamic ranges. Set method/activation=per_channel_static (or "
+            "per_channel_mdqfo), or method/compensation=none."
+        )
+    if compensation.name == "mixed_precision" and not dynamic:
+        yield (
+            f"method.compensation.name='mixed_precision' with {_activation_words(cfg)}: outlier "
+            "channels share one dynamic range per token. Set method/activation=per_token (or "
+            "per_group), or method/compensation=dabc."
+        )
+    if compensation.name == "low_rank" and (
+        cfg.method.weight.format == "none" or cfg.method.weight.fold
+    ):
+        yield (
+            f"method.compensation.name='low_rank' with method.weight.format="
+            f"{cfg.method.weight.format!r}, fold={cfg.method.weight.fold}: the branch makes up for "
+            "rounded weights, not for folded ones. Set method/weight=int_group, or method/"
+            "compensation=none."
+        )
+    if compensation.name == "low_rank":
+        return
     if compensation.per_modality and compensation.name != "static_bias":
         yield (
             f"method.compensation.per_modality=true with name={compensation.name!r}: what is "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,6 @@ from morphoquant.calibration.statistics import ModalityStatistics
 from morphoquant.config.schema import BitsConfig, CompensationConfig, MethodConfig, RangeConfig
 from morphoquant.quantization.activation import StaticQuantizer, static_range, tensor_range
 from morphoquant.quantization.compensation import build_compensation
-from morphoquant.quantization.masks import ScoreMoments, group_mask
 from morphoquant.quantization.mdqfo import RangeSearch, Search
 from morphoquant.quantization.mdqfo_gradient import GradientSearch
 from morphoquant.quantization.mdqfo_joint import JointSearch
@@ -38,18 +37,17 @@ class GroupChoice:
 
 
 def start_choice(
-    method: MethodConfig,
-    statistics: ModalityStatistics,
-    linears: Iterable[str],
-    moments: Mapping[str, ScoreMoments] | None,
+    method: MethodConfig, statistics: ModalityStatistics, mask: torch.Tensor | None
 ) -> GroupChoice:
-    """Mask and starting range from the statistics of a group's input."""
-    compensation = method.compensation
-    mask = None
-    if compensation.name != "none":
-        mask = group_mask(statistics, linears, compensation.mask, moments)
+    """The starting range from the statistics of a group's input.
+
+    Args:
+        method: the activation slot, and whether its compensation is dynamic.
+        statistics: of the group's input.
+        mask: bool [channels] of compensated channels, or None.
+    """
     if method.activation.granularity == "per_channel":
-        dynamic = mask if compensation.name == "dabc" else None
+        dynamic = mask if method.compensation.name == "dabc" else None
         start = static_range(method.activation, statistics.pooled(), dynamic)
     else:
         start = tensor_range(method.activation, statistics)
@@ -120,5 +118,5 @@ class SearchingQuantizer(nn.Module):
         rounded: torch.Tensor = StaticQuantizer(chosen, self.bits)(x)
         if self.mask is None:
             return rounded
-        found: torch.Tensor = build_compensation(self.config, self.mask, chosen)(x, rounded)[0]
+        found: torch.Tensor = build_compensation(self.config, self.mask, chosen.edge)(x, rounded)[0]
         return found

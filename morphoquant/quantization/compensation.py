@@ -18,7 +18,8 @@ from torch import nn
 
 from morphoquant.config.schema import CompensationConfig
 from morphoquant.models.structure import MODALITIES
-from morphoquant.quantization.ranges import StaticRange
+from morphoquant.quantization.low_rank import LowRank
+from morphoquant.quantization.mixed import HigherPrecision
 
 Returned = tuple[torch.Tensor, torch.Tensor | int]
 """(x_tilde [..., channels], number of elements that bypassed the grid)."""
@@ -137,19 +138,28 @@ class ResidualMeans:
 
 
 def build_compensation(
-    config: CompensationConfig, mask: torch.Tensor, chosen: StaticRange
-) -> DynamicCompensation:
-    """The dynamic compensation for a mask and the final clipping range."""
+    config: CompensationConfig, mask: torch.Tensor, edge: torch.Tensor | None
+) -> DynamicCompensation | HigherPrecision:
+    """The dynamic compensation of an input group.
+
+    Args:
+        config: its name and reading.
+        mask: bool [channels].
+        edge: float32 [channels], where the final static range ends; only the element reading asks.
+    """
+    if config.name == "mixed_precision":
+        return HigherPrecision(mask, config.outlier_bits)
     if config.reading == "channel":
         return DynamicCompensation(mask)
-    return DynamicCompensation(mask, config.gate * chosen.edge)
+    assert edge is not None, "the element reading needs static ranges"
+    return DynamicCompensation(mask, config.gate * edge)
 
 
 def describe_compensation(
     config: CompensationConfig, module: nn.Module | None, outputs: int
 ) -> dict[str, Any]:
     """What the compensation of one linear with ``outputs`` channels costs, for the manifest."""
-    if not isinstance(module, DynamicCompensation | StaticBias):
+    if not isinstance(module, DynamicCompensation | StaticBias | HigherPrecision):
         return {}
     channels, extra = module.mask.numel(), module.flops_per_token(outputs)
     described: dict[str, Any] = {
@@ -159,9 +169,26 @@ def describe_compensation(
         "extra_flops_per_token": extra,
         "extra_flops_share": extra / (2 * channels * outputs),
     }
-    if isinstance(module, StaticBias):
+    if isinstance(module, HigherPrecision):
+        described["outlier_bits"] = module.bits
+    elif isinstance(module, StaticBias):
         described["per_modality"] = module.per_modality
         described["stored_numbers"] = module.residual.shape[0] * outputs
     else:
         described["reading"] = config.reading
     return described
+
+
+def describe_branch(branch: LowRank) -> dict[str, Any]:
+    """What the low-rank branch of one linear costs, for the manifest."""
+    outputs, channels = branch.up.shape[0], branch.down.shape[1]
+    extra = branch.flops_per_token()
+    return {
+        "name": "low_rank",
+        "rank": branch.rank,
+        "masked_channels": 0,
+        "channels": channels,
+        "extra_flops_per_token": extra,
+        "extra_flops_share": extra / (2 * channels * outputs),
+        "stored_numbers": branch.rank * (outputs + channels),
+    }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,14 +34,22 @@ from morphoquant.quantization.choose import (
 from morphoquant.quantization.compensation import (
     ResidualMeans,
     build_compensation,
+    describe_branch,
     describe_compensation,
 )
+from morphoquant.quantization.install import describe_activation, install
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.manifest import LinearRecord, Manifest
-from morphoquant.quantization.masks import ScoreMoments
+from morphoquant.quantization.masks import ScoreMoments, group_mask
 from morphoquant.quantization.mdqfo import Search
 from morphoquant.quantization.measure import ErrorMeter
-from morphoquant.quantization.weights import fold_weight, quantize_weight
+from morphoquant.quantization.mixed import ExcludingQuantizer
+from morphoquant.quantization.rounding import (
+    GroupData,
+    needs_second_moment,
+    round_weight,
+    rounds_late,
+)
 
 STATISTICS, SEARCH = "statistics", "search"
 PROBE, PROBE_QUANTIZED = "probe", "probe_quantized"
@@ -70,7 +77,8 @@ class BlockQuantizer:
     Attributes:
         collected: activation statistics per (block, group), on the CPU, filled by the walk.
         records: one manifest record per linear.
-        choices: masks and ranges per (block, group), for static methods.
+        choices: ranges per (block, group), for static methods.
+        masks: compensated channels per (block, group), bool [channels].
         moments: scores of all layers, for masks with a global rule (see ``survey``).
         meter: measures errors on probe prompts, where the walk is given some.
         labels: the modality of the tokens under way; needed where ``needs_labels``.
@@ -82,6 +90,7 @@ class BlockQuantizer:
     collected: dict[tuple[str, str], ModalityStatistics] = field(default_factory=dict)
     records: list[LinearRecord] = field(default_factory=list)
     choices: dict[tuple[str, str], GroupChoice] = field(default_factory=dict)
+    masks: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     moments: Mapping[str, ScoreMoments] | None = None
     histograms: bool = False
     meter: ErrorMeter = field(default_factory=ErrorMeter)
@@ -104,6 +113,12 @@ class BlockQuantizer:
     @property
     def learns(self) -> bool:
         return self.searches and self.method.activation.range.optimizer == "gradient"
+
+    @property
+    def masks_channels(self) -> bool:
+        """Whether some channels are treated apart from the others."""
+        kinds = ("dabc", "static_bias", "mixed_precision")
+        return self.quantizes_activations and self.method.compensation.name in kinds
 
     @property
     def folds(self) -> bool:
@@ -133,12 +148,19 @@ class BlockQuantizer:
         """
         installs = self.method.quantizes or self.method.transform.name != "none"
         originals = {n: block.linear(n) for group in block.groups for n in group.linears}
-        at = Visit(index, block, self._install(block) if installs else {})
+        sources: dict[str, GroupInput] = {}
+        if installs:
+            sources, records = install(block, self.labels if self.needs_labels else None)
+            self.records += records
+        at = Visit(index, block, sources)
+        late = rounds_late(self.method, self.bits)
+        if installs and not late:
+            self._round(at, originals, segments[STATISTICS])
         for work, name, move in self._passes(segments):
             work(at, segments[name], move)
-        if self.folds:
-            self._fold(block, originals)
-        for work, name, move in self._passes(segments, behind_fold=True):
+        if late:
+            self._round(at, originals, segments[STATISTICS])
+        for work, name, move in self._passes(segments, behind_rounding=True):
             work(at, segments[name], move)
         if self.quantizes_activations:
             for group in block.groups:
@@ -155,7 +177,7 @@ class BlockQuantizer:
             )
 
     def _passes(
-        self, segments: Segments, behind_fold: bool = False
+        self, segments: Segments, behind_rounding: bool = False
     ) -> list[tuple[Work, str, bool]]:
         """(what is done, with which prompts, whether they then move on), in order."""
         # Without separate search samples the statistics samples serve twice.
@@ -170,14 +192,14 @@ class BlockQuantizer:
         behind: list[tuple[Work, str]] = []
         if self.biases:
             behind.append((self._average_residual, STATISTICS))
-        if self.folds:
+        if rounds_late(self.method, self.bits):
             # What went through before went through weights that were not rounded yet.
             again = {STATISTICS, searched} - {name for _, name in behind}
             behind += [(self._pass_on, name) for name in sorted(again)]
         order = before + behind
         last = {name: i for i, (_, name) in enumerate(order)}
         marked = [(work, name, last[name] == i) for i, (work, name) in enumerate(order)]
-        return marked[len(before) :] if behind_fold else marked[: len(before)]
+        return marked[len(before) :] if behind_rounding else marked[: len(before)]
 
     def _run(self, at: Visit, segments: list[Segment], move: bool, see: Observer | None) -> None:
         """One forward of every segment through the block; ``see`` is shown every group's input."""
@@ -207,20 +229,20 @@ class BlockQuantizer:
                 found[group.name] = ModalityStatistics(x.shape[-1], x.device, histograms)
             found[group.name].update(x, labels)
 
-        wanted = self.observe or self.is_static
+        wanted = self.observe or self.is_static or self.masks_channels
         self._run(at, segments, move, see if wanted else None)
-        if self.is_static:
+        if self.is_static or self.masks_channels:
             if not found:
-                raise CalibrationError(
-                    f"no calibration prompt reaches the {at.block.tower} tower, whose static "
-                    f"ranges are to be set: add a source with such media to calibration.sources, "
-                    f"or set model.scope.{at.block.tower}=false"
-                )
+                raise self._unreached(at.block, "whose static ranges or masks are to be set")
             for group in at.block.groups:
-                names = [f"{at.block.name}.{name}" for name in group.linears]
-                self.choices[at.block.name, group.name] = start_choice(
-                    self.method, found[group.name], names, self.moments
-                )
+                key, names = (at.block.name, group.name), self._names(at.block, group)
+                statistics = found[group.name]
+                if self.masks_channels:
+                    config = self.method.compensation.mask
+                    self.masks[key] = group_mask(statistics, names, config, self.moments)
+                if self.is_static:
+                    mask = self.masks.get(key)
+                    self.choices[key] = start_choice(self.method, statistics, mask)
         if self.observe:
             for name, statistics in found.items():
                 self.collected[at.block.name, name] = statistics.cpu()
@@ -283,93 +305,82 @@ class BlockQuantizer:
 
     # ------------------------------------------------------------------- changes
 
-    def _install(self, block: Block) -> dict[str, GroupInput]:
-        """Replace the block's linears; weights quantized (unless folded), activations not yet."""
-        sources: dict[str, GroupInput] = {}
-        width = 16 if self.folds else self.bits.weight
-        for group in block.groups:
-            first = block.linear(group.linears[0])
-            online = getattr(first, "transform", None)
-            source = GroupInput(len(group.linears), online)
-            source.labels = self.labels if self.needs_labels else None
-            sources[group.name] = source
-            for name in group.linears:
-                module = block.linear(name)
-                linear = plain(module)
-                weight = quantize_weight(linear.weight, self.method.weight, width)
-                block.replace(name, QuantizedLinear(weight.dequantized, linear.bias, source))
-                self.records.append(
-                    LinearRecord(
-                        name=f"{block.name}.{name}",
-                        tower=block.tower,
-                        group=group.name,
-                        in_features=linear.in_features,
-                        out_features=linear.out_features,
-                        weight=weight.description,
-                        activation={"format": "none", "bits": 16, "effective_bits": 16.0},
-                        online_transform=getattr(online, "description", None),
-                    )
-                )
-        return sources
+    @staticmethod
+    def _names(block: Block, group: InputGroup) -> list[str]:
+        """Full names of the linears of a group."""
+        return [f"{block.name}.{name}" for name in group.linears]
 
-    def _fold(self, block: Block, originals: Mapping[str, nn.Module]) -> None:
-        """Round weights with the activation scales folded in (SPEC 2.11)."""
+    def _round(self, at: Visit, originals: Mapping[str, nn.Module], prompts: list[Segment]) -> None:
+        """Round the block's weights, group after group in the order in which they run."""
         records = {r.name: r for r in self.records}
-        for group in block.groups:
-            choice = self.choices[block.name, group.name]
-            dynamic = self.method.compensation.name == "dabc"
+        for group in at.block.groups:
+            choice = self.choices.get((at.block.name, group.name))
+            data = GroupData(
+                mask=self.masks.get((at.block.name, group.name)),
+                grid=choice.final.grid(self.bits.activation) if choice and self.folds else None,
+                second_moment=self._second_moment(at, group, prompts),
+            )
             for name in group.linears:
-                module = block.linear(name)
+                module = at.block.linear(name)
                 assert isinstance(module, QuantizedLinear)
-                folded = fold_weight(
-                    plain(originals[name]).weight,
-                    choice.final.grid(self.bits.activation),
-                    choice.mask if dynamic else None,
-                    self.method,
-                    self.bits.weight,
-                )
-                module.weight.data = folded.dequantized
-                records[f"{block.name}.{name}"].weight = folded.description
+                original = plain(originals[name]).weight
+                rounded = round_weight(original, self.method, self.bits, data)
+                module.weight.data = rounded.weight
+                if rounded.branch is not None:
+                    module.set_branch(rounded.branch)
+                record = records[f"{at.block.name}.{name}"]
+                record.weight = rounded.description
+                if rounded.branch is not None:
+                    record.compensation = describe_branch(rounded.branch)
+
+    def _second_moment(
+        self, at: Visit, group: InputGroup, prompts: list[Segment]
+    ) -> torch.Tensor | None:
+        """Sum of x x^T of a group's input, behind the groups that are rounded already."""
+        if not needs_second_moment(self.method, self.bits):
+            return None
+        total: list[torch.Tensor] = []
+
+        def see(seen: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
+            if seen.name != group.name:
+                return
+            rows = x.reshape(-1, x.shape[-1])[labels.reshape(-1) >= 0].double()
+            found = rows.T @ rows
+            total[:] = [total[0] + found if total else found]
+
+        self._run(at, prompts, False, see)
+        if not total:
+            raise self._unreached(at.block, "whose weights are to be rounded by what they read")
+        return total[0]
+
+    @staticmethod
+    def _unreached(block: Block, wanted: str) -> CalibrationError:
+        return CalibrationError(
+            f"no calibration prompt reaches the {block.tower} tower, {wanted}: add a source with "
+            f"such media to calibration.sources, or set model.scope.{block.tower}=false"
+        )
 
     def _enable(self, source: GroupInput, group: InputGroup, block: Block) -> None:
         """Put the activation quantizer (and the compensation) in place, and say so."""
         config, width = self.method.activation, self.bits.activation
-        activation: dict[str, Any] = {
-            "format": config.format,
-            "bits": width,
-            "effective_bits": float(width),
-            "granularity": config.granularity,
-            "mode": config.mode,
-            "range": config.range.name if config.mode == "static" else "minmax",
-        }
-        if config.grid != "restricted":
-            activation["grid"] = config.grid
         choice = self.choices.get((block.name, group.name))
+        mask = self.masks.get((block.name, group.name))
         if choice is None:
-            source.quantizer = dynamic_quantizer(config, width)
+            dynamic = dynamic_quantizer(config, width)
+            source.quantizer = dynamic if mask is None else ExcludingQuantizer(dynamic, mask)
         else:
-            if choice.ratios is not None:
-                floor = config.range.min_ratio * (1 + 1e-6)
-                ratios = choice.ratios.double()
-                activation |= {
-                    "share_at_floor": float((choice.ratios <= floor).double().mean()),
-                    "share_unshrunk": float((ratios >= 1).double().mean()),
-                    "ratio_min": float(ratios.min()),
-                    "ratio_median": float(ratios.median()),
-                    "ratio_max": float(ratios.max()),
-                }
             source.quantizer = StaticQuantizer(choice.final, width)
-            if choice.mask is not None and not self.biases:
-                source.compensation = build_compensation(
-                    self.method.compensation, choice.mask, choice.final
-                )
-        members = {f"{block.name}.{name}" for name in group.linears}
+        if mask is not None and not self.biases:
+            edge = None if choice is None else choice.final.edge
+            source.compensation = build_compensation(self.method.compensation, mask, edge)
+        members = set(self._names(block, group))
         for record in self.records:
             if record.name in members:
-                record.activation = dict(activation)
-                record.compensation = describe_compensation(
-                    self.method.compensation, source.compensation, record.out_features
-                )
+                record.activation = describe_activation(config, width, choice)
+                if source.compensation is not None:
+                    record.compensation = describe_compensation(
+                        self.method.compensation, source.compensation, record.out_features
+                    )
 
 
 def _updating(searches: Mapping[str, Search]) -> Observer:

@@ -151,7 +151,8 @@ def complete(
     wrong: list[str] = []
     wants_weight = method.weight.format != "none" and bits.weight < 16
     wants_activation = method.activation.format != "none" and bits.activation < 16
-    wants_compensation = wants_activation and method.compensation.name != "none"
+    wants_compensation = wants_activation and method.compensation.name not in ("none", "low_rank")
+    wants_branch = wants_weight and method.compensation.name == "low_rank"
     for block in blocks:
         for group in block.groups:
             for name in group.linears:
@@ -169,12 +170,18 @@ def complete(
                     wrong.append(f"{full}: its activation quantizer never ran")
                 if wants_compensation and module.source.compensation is None:
                     wrong.append(f"{full}: no {method.compensation.name} compensation")
+                if wants_branch and module.branch_up is None:
+                    wrong.append(f"{full}: no low-rank branch")
                 if wants_weight and record.weight["bits"] >= 16:
                     wrong.append(f"{full}: weights stayed in {record.weight['bits']} bits")
                 if module.source.elements:
                     rate = module.source.bypassed / module.source.elements
                     nominal = record.activation["bits"]
-                    record.activation["effective_bits"] = nominal + (16 - nominal) * rate
+                    spent = nominal + (16 - nominal) * rate
+                    if record.compensation.get("outlier_bits") == 8:
+                        masked = record.compensation["masked_channels"] / record.in_features
+                        spent += masked * (8 - nominal)
+                    record.activation["effective_bits"] = spent
                     if record.compensation:
                         record.compensation["bypass_rate"] = rate
     if wrong:

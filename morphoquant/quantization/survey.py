@@ -20,6 +20,7 @@ from morphoquant.models.adapter import Batch, OmniAdapter
 from morphoquant.models.structure import Block, InputGroup, Tower
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.masks import ScoreMoments, score_moments, score_of, views
+from morphoquant.quantization.rounding import rounds_late
 from morphoquant.quantization.weights import quantize_weight
 
 
@@ -34,7 +35,7 @@ class Surveyor:
     def visit(self, index: int, block: Block, segments: dict[str, list[Segment]]) -> None:
         """Score the block's groups behind rounded weights and pass the prompts on."""
         config = self.method.compensation.mask
-        width = 16 if self.method.weight.fold else self.bits.weight
+        width = 16 if rounds_late(self.method, self.bits) else self.bits.weight
         originals = {n: block.linear(n) for group in block.groups for n in group.linears}
         for group in block.groups:
             online = getattr(block.linear(group.linears[0]), "transform", None)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from morphoquant import formats
-from morphoquant.config.schema import MethodConfig, WeightConfig
-from morphoquant.quantization.ranges import StaticGrid
+from morphoquant.config.schema import WeightConfig
 
 
 @dataclass(frozen=True)
@@ -81,43 +80,3 @@ def quantize_weight(weight: torch.Tensor, config: WeightConfig, bits: int) -> Qu
     elif name == "nf4" and bits != 4 and config.fallback_format is not None:
         name = config.fallback_format
     return FORMATS[name](weight, config, bits)
-
-
-def fold_weight(
-    weight: torch.Tensor,
-    grid: StaticGrid,
-    mask: torch.Tensor | None,
-    method: MethodConfig,
-    bits: int,
-) -> QuantizedWeight:
-    """A weight [out, in] rounded with the activation's channel scales folded in (SPEC 2.11).
-
-    Args:
-        weight: the original, never one that was rounded before.
-        grid: the final grid of the input's channels.
-        mask: bool [in] of dynamically compensated channels, or None. In the channel reading their
-            columns stay in 16 bits and leave the integer product.
-        method: granularity and clip of the weights, reading of the compensation.
-        bits: 2 to 8.
-    """
-    from morphoquant.quantization import folding
-
-    config = method.weight
-    group = config.group_size if config.granularity == "per_group" else None
-    excluded = mask is not None and method.compensation.reading == "channel"
-    folded = folding.fold_weight(
-        weight.detach(), grid, mask, bits, group, clip=config.clip, exclude_masked=excluded
-    )
-    description = {
-        "format": "int",
-        "bits": bits,
-        "effective_bits": folded.storage_bits(),
-        "granularity": config.granularity,
-        "symmetric": True,
-        "clip": config.clip,
-        "folded": True,
-        "columns_in_16_bits": int(mask.sum()) if mask is not None and excluded else 0,
-    }
-    if group is not None:
-        description["group_size"] = group
-    return QuantizedWeight(folded.dequantized, description)

@@ -44,7 +44,7 @@ def test_answers_before_anything_heavy_is_imported(arguments: list[str]) -> None
 def test_help_lists_groups_and_examples() -> None:
     found = run("--help")
     assert found.returncode == 0
-    for part in ("method: fp16, morphoquant", "bits: ", "method/compensation", "python run.py -m"):
+    for part in ("method: atom, ", "bits: ", "method/compensation", "python run.py -m"):
         assert part in found.stdout
 
 

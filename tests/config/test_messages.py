@@ -33,6 +33,17 @@ def config(**changes: Any) -> dict[str, Any]:
     return found
 
 
+STATIC: dict[str, Any] = {
+    "method__activation__granularity": "per_channel",
+    "method__activation__mode": "static",
+}
+
+
+def searched(range_: dict[str, Any]) -> dict[str, Any]:
+    """A searched method with some fields of its range."""
+    return STATIC | {"method__activation__range": {"name": "mdqfo", **range_}}
+
+
 def refused(**changes: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         load(config(**changes))
@@ -96,9 +107,71 @@ def test_all_problems_at_once() -> None:
             ["method.activation.range.name='mdqfo'", "per_channel_mdqfo"],
         ),
         (
-            {"method__compensation": {"name": "dabc"}},
-            ["method.compensation.name='dabc'", "method/compensation=none"],
+            {"method__compensation": {"name": "dabc", "reading": "element"}},
+            ["method.compensation.name='dabc'", "element", "method/compensation=none"],
         ),
+        (
+            {"method__compensation": {"name": "static_bias"}},
+            ["method.compensation.name='static_bias'", "per_channel_static"],
+        ),
+        (
+            STATIC | {"method__compensation": {"name": "mixed_precision"}},
+            ["method.compensation.name='mixed_precision'", "per_token"],
+        ),
+        (
+            STATIC
+            | {"method__compensation": {"name": "low_rank"}}
+            | {"method__weight": {"format": "int", "fold": True}},
+            ["method.compensation.name='low_rank'", "fold=True"],
+        ),
+        (
+            STATIC | {"method__compensation": {"name": "dabc", "per_modality": True}},
+            ["method.compensation.per_modality=true", "static_bias_per_modality"],
+        ),
+        (
+            STATIC | {"method__compensation": {"name": "dabc", "mask": {"rules": []}}},
+            ["mask.rules=[]", "mask.rules=[local]"],
+        ),
+        (
+            STATIC
+            | {
+                "method__compensation": {
+                    "name": "dabc",
+                    "mask": {"score": "log_l1", "modalities": "union"},
+                }
+            },
+            ["mask.score='log_l1'", "mask.modalities=pooled"],
+        ),
+        ({"method__weight__fold": True}, ["method.weight.fold=true", "per_channel_static"]),
+        (
+            STATIC | {"method__weight": {"format": "nf4", "fold": True}},
+            ["method.weight.fold=true", "method/weight=int_folded"],
+        ),
+        (searched({"cosine": "token", "cosine_weight": 1.0}), ["cosine='token'", "mask_group"]),
+        (searched({"output_weighting": True}), ["output_weighting=true", "ratio_per=mask_group"]),
+        (
+            searched({"optimizer": "gradient", "ratio_per": "mask_group"}),
+            ["optimizer='gradient'", "ratio_per=channel"],
+        ),
+        (
+            searched({"optimizer": "gradient", "accumulate": "ema"}),
+            ["optimizer='gradient'", "accumulate=sum"],
+        ),
+        (
+            searched({"upstream": "quantized"}) | {"calibration__search_samples": 0},
+            ["upstream='quantized'", "calibration.search_samples=32"],
+        ),
+        (
+            STATIC | {"method__activation__range": {"name": "percentile"}},
+            ["range.name='percentile'", "per_modality_static"],
+        ),
+        ({"method__activation__range": {"name": "mse"}}, ["range.name='mse'", "mode=static"]),
+        ({"method__activation__granularity": "per_modality"}, ["fixed in calibration"]),
+        (
+            {"method__activation": {"format": "int", "symmetric": False, "grid": "sym15"}},
+            ["method.activation.grid='sym15'", "grid=restricted"],
+        ),
+        ({"calibration__allow_leakage": True}, ["calibration.allow_leakage=true", "'leak'"]),
         (
             {"method__weight__format": "nf4", "bits__weight": 3},
             ["bits.weight=3", "method.weight.fallback_format=int"],

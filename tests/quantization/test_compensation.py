@@ -39,7 +39,7 @@ def linear(x: torch.Tensor, mask: torch.Tensor | None, **config: object) -> Quan
     source.quantizer = StaticQuantizer(chosen, 4)
     if mask is not None:
         settings = CompensationConfig(name="dabc", **config)  # type: ignore[arg-type]
-        source.compensation = build_compensation(settings, mask, chosen)
+        source.compensation = build_compensation(settings, mask, chosen.edge)
     weight = torch.randn(12, CHANNELS, generator=draw)
     return QuantizedLinear(weight, torch.randn(12, generator=draw), source)
 
@@ -118,7 +118,7 @@ def test_gate_one_leaves_elements_in_range_quantized() -> None:
     """M4: at the edge itself still quantized, just beyond not."""
     chosen = StaticRange(torch.tensor([-2.0]), torch.tensor([2.0]), torch.tensor([False]))
     settings = CompensationConfig(name="dabc", reading="element", gate=1.0)
-    compensation = build_compensation(settings, torch.tensor([True]), chosen)
+    compensation = build_compensation(settings, torch.tensor([True]), chosen.edge)
     x = torch.tensor([[2.0], [-2.0], [0.1], [2.001], [-7.0]])
     out, bypassed = compensation(x, StaticQuantizer(chosen, 4)(x))
     assert int(bypassed) == 2
@@ -131,7 +131,7 @@ def test_dead_zone_above_gate_one() -> None:
     """SPEC 2.4: between L and gamma L an element is clipped and not compensated."""
     chosen = StaticRange(torch.tensor([-2.0]), torch.tensor([2.0]), torch.tensor([False]))
     settings = CompensationConfig(name="dabc", reading="element", gate=1.5)
-    compensation = build_compensation(settings, torch.tensor([True]), chosen)
+    compensation = build_compensation(settings, torch.tensor([True]), chosen.edge)
     x = torch.tensor([[2.9], [3.1]])
     out, _ = compensation(x, StaticQuantizer(chosen, 4)(x))
     assert out.flatten().tolist() == pytest.approx([2.0, 3.1])

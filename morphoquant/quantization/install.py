@@ -1,0 +1,76 @@
+"""A block gets its quantized linears, and the manifest its records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from morphoquant.config.schema import ActivationConfig
+from morphoquant.models.structure import Block, TokenLabels
+from morphoquant.quantization.choose import GroupChoice
+from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
+from morphoquant.quantization.manifest import LinearRecord
+
+NOTHING = {"format": "none", "bits": 16, "effective_bits": 16.0}
+
+
+def install(
+    block: Block, labels: TokenLabels | None
+) -> tuple[dict[str, GroupInput], list[LinearRecord]]:
+    """Replace the block's linears by :class:`QuantizedLinear`, nothing rounded yet.
+
+    Args:
+        block: changed in place. A linear behind an online rewrite hands it to the shared input.
+        labels: the modality of the tokens under way, where quantizers need to know it.
+
+    Returns:
+        the shared input of every group, and one record per linear.
+    """
+    sources: dict[str, GroupInput] = {}
+    records = []
+    for group in block.groups:
+        online = getattr(block.linear(group.linears[0]), "transform", None)
+        source = sources[group.name] = GroupInput(len(group.linears), online)
+        source.labels = labels
+        for name in group.linears:
+            linear = plain(block.linear(name))
+            block.replace(name, QuantizedLinear(linear.weight.detach(), linear.bias, source))
+            records.append(
+                LinearRecord(
+                    name=f"{block.name}.{name}",
+                    tower=block.tower,
+                    group=group.name,
+                    in_features=linear.in_features,
+                    out_features=linear.out_features,
+                    weight=dict(NOTHING),
+                    activation=dict(NOTHING),
+                    online_transform=getattr(online, "description", None),
+                )
+            )
+    return sources, records
+
+
+def describe_activation(
+    config: ActivationConfig, bits: int, choice: GroupChoice | None
+) -> dict[str, Any]:
+    """What the manifest says of a group's quantizer; ``choice`` where its range is static."""
+    described: dict[str, Any] = {
+        "format": config.format,
+        "bits": bits,
+        "effective_bits": float(bits),
+        "granularity": config.granularity,
+        "mode": config.mode,
+        "range": config.range.name if config.mode == "static" else "minmax",
+    }
+    if config.grid != "restricted":
+        described["grid"] = config.grid
+    if choice is not None and choice.ratios is not None:
+        ratios = choice.ratios.double()
+        floor = config.range.min_ratio * (1 + 1e-6)
+        described |= {
+            "share_at_floor": float((ratios <= floor).double().mean()),
+            "share_unshrunk": float((ratios >= 1).double().mean()),
+            "ratio_min": float(ratios.min()),
+            "ratio_median": float(ratios.median()),
+            "ratio_max": float(ratios.max()),
+        }
+    return described

@@ -1,0 +1,151 @@
+"""How the weights of an input group are rounded, and what that may look at.
+
+Most methods round a weight as soon as its block is reached, so that activations are observed behind
+rounded weights. Two need the group's mask or ranges first and round *late*: folded weights (SPEC
+2.11) and mixed precision by channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from morphoquant.config.schema import BitsConfig, MethodConfig
+from morphoquant.quantization import folding
+from morphoquant.quantization.low_rank import LowRank, truncated, whitened
+from morphoquant.quantization.mixed import mixed_weight
+from morphoquant.quantization.ranges import StaticGrid
+from morphoquant.quantization.weights import QuantizedWeight, quantize_weight
+
+
+@dataclass(frozen=True)
+class GroupData:
+    """What rounding may know of the input that the group's linears read.
+
+    Attributes:
+        mask: bool [channels] of compensated channels, or None.
+        grid: the final static grid, for folding, or None.
+        second_moment: [channels, channels], sum of x x^T over calibration tokens, or None.
+    """
+
+    mask: torch.Tensor | None = None
+    grid: StaticGrid | None = None
+    second_moment: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight after its round trip, the branch beside it, and what the manifest says."""
+
+    weight: torch.Tensor
+    description: dict[str, Any]
+    branch: LowRank | None = None
+
+
+def rounds_late(method: MethodConfig, bits: BitsConfig) -> bool:
+    """Whether weights wait for the masks and ranges of their block."""
+    if bits.weight >= 16 or bits.activation >= 16 or method.activation.format == "none":
+        return False
+    return method.weight.fold or method.compensation.name == "mixed_precision"
+
+
+def needs_second_moment(method: MethodConfig, bits: BitsConfig) -> bool:
+    """Whether rounding looks at the activations' second moment."""
+    compensation = method.compensation
+    return bits.weight < 16 and compensation.name == "low_rank" and compensation.whitened
+
+
+def round_weight(
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData
+) -> RoundedWeight:
+    """Round one weight [out, in] as the method says.
+
+    Args:
+        weight: the original, never one that was rounded before.
+        method: the weight slot, and the compensation where it keeps part of the weight.
+        bits: widths; 16-bit weights come back as they are.
+        data: of the input group.
+    """
+    weight = weight.detach()
+    compensation = method.compensation
+    if bits.weight < 16 and compensation.name == "low_rank":
+        return _with_branch(weight, method, bits, data)
+    if rounds_late(method, bits) and method.weight.fold:
+        return _folded(weight, method, bits, data)
+    if rounds_late(method, bits):
+        return _mixed(weight, method, bits, data)
+    return _plain(quantize_weight(weight, method.weight, bits.weight))
+
+
+def _plain(found: QuantizedWeight) -> RoundedWeight:
+    return RoundedWeight(found.dequantized, found.description)
+
+
+def _with_branch(
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData
+) -> RoundedWeight:
+    """SPEC 4.12: the branch first and the rest rounded, or rounded first and the loss fitted."""
+    config = method.compensation
+
+    def nearest(matrix: torch.Tensor) -> LowRank:
+        if config.whitened:
+            assert data.second_moment is not None
+            return whitened(matrix, data.second_moment, config.rank)
+        return truncated(matrix, config.rank)
+
+    if config.order == "before":
+        branch = nearest(weight)
+        found = quantize_weight(weight - branch.product, method.weight, bits.weight)
+    else:
+        found = quantize_weight(weight, method.weight, bits.weight)
+        branch = nearest(weight - found.dequantized)
+    description = dict(found.description)
+    description["effective_bits"] += branch.storage_bits()
+    description["branch_rank"] = branch.rank
+    return RoundedWeight(found.dequantized, description, branch)
+
+
+def _mixed(
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData
+) -> RoundedWeight:
+    """Masked columns at the higher width, the others rounded as if those were not there."""
+    assert data.mask is not None
+    high = method.compensation.outlier_bits
+    others = weight.masked_fill(data.mask, 0.0)
+    found = quantize_weight(others, method.weight, bits.weight)
+    description = dict(found.description)
+    share = float(data.mask.double().mean())
+    description["effective_bits"] += share * (high - bits.weight)
+    description["columns_in_high_precision"] = int(data.mask.sum())
+    description["high_precision_bits"] = high
+    mixed = mixed_weight(weight, found.dequantized, data.mask, high)
+    return RoundedWeight(mixed, description)
+
+
+def _folded(
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData
+) -> RoundedWeight:
+    """Static channel scales folded in; in the channel reading masked columns stay in 16 bits."""
+    assert data.grid is not None
+    config = method.weight
+    group = config.group_size if config.granularity == "per_group" else None
+    mask = data.mask if method.compensation.name == "dabc" else None
+    excluded = mask is not None and method.compensation.reading == "channel"
+    folded = folding.fold_weight(
+        weight, data.grid, mask, bits.weight, group, clip=config.clip, exclude_masked=excluded
+    )
+    description: dict[str, Any] = {
+        "format": "int",
+        "bits": bits.weight,
+        "effective_bits": folded.storage_bits(),
+        "granularity": config.granularity,
+        "symmetric": True,
+        "clip": config.clip,
+        "folded": True,
+        "columns_in_16_bits": int(mask.sum()) if mask is not None and excluded else 0,
+    }
+    if group is not None:
+        description["group_size"] = group
+    return RoundedWeight(folded.dequantized, description)
