@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from morphoquant.compat import prepare_torchvision
 from morphoquant.formats.minifloat import E2M1_LEVELS, e2m1_codes, round_e2m1
 from morphoquant.formats.mxfp4 import fake_quantize_mxfp4, mxfp4_storage_bits, quantize_mxfp4
 
@@ -140,6 +141,7 @@ def test_zeros_and_empty_rows() -> None:
 def test_against_compressed_tensors() -> None:
     """Its scale wherever it does not round a mantissa of 1.75 or more up, and its elements."""
     reason = "the MXFP4 oracle, compressed-tensors, is not importable"
+    prepare_torchvision()  # transformers, which compressed-tensors imports, may need it
     arguments = pytest.importorskip("compressed_tensors.quantization.quant_args", reason=reason)
     scales = pytest.importorskip("compressed_tensors.quantization.utils.mxfp_utils", reason=reason)
     x = gaussian(64, 32 * 8, seed=1) * torch.logspace(-6, 6, 64).unsqueeze(1)

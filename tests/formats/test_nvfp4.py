@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from morphoquant.compat import prepare_torchvision
 from morphoquant.formats.minifloat import E2M1_LEVELS, E4M3_MIN, round_e4m3
 from morphoquant.formats.nvfp4 import (
     fake_quantize_nvfp4,
@@ -182,6 +183,7 @@ def test_zeros_and_empty_tensors() -> None:
 def test_against_compressed_tensors() -> None:
     """Bit for bit where its inverse tensor scale is exact, at a largest value of 2688 * 2^-7."""
     reason = "the NVFP4 oracle, compressed-tensors, is not importable"
+    prepare_torchvision()  # transformers, which compressed-tensors imports, may need it
     arguments = pytest.importorskip("compressed_tensors.quantization.quant_args", reason=reason)
     helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers", reason=reason)
     x = gaussian(64, 64, seed=1)
