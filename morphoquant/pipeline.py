@@ -100,22 +100,28 @@ def _prepare(config: RunConfig) -> Prepared:
     leaked = len(set(calibration.ids) & questions)
     if not config.calibration.allow_leakage:
         check_disjoint(calibration.ids, questions)
-    described = config.model_dump(
-        exclude={"tracker": True, "paths": True, "reference": True, "report": True}
-        | {"statistics": {"figures"}},
-        mode="json",
-    )
+    left_out: dict[str, Any] = {"tracker": True, "paths": True, "reference": True, "report": True}
+    left_out["statistics"] = {"figures"}
+    if not _reads_calibration(config):
+        left_out |= {"calibration": True, "statistics": True}
+    described = config.model_dump(exclude=left_out, mode="json")
     identity = {
         "config": described,
         "code": code_hash(),
         "versions": package_versions(),
         "model": model_hash(config.model),
-        "calibration_ids": calibration.ids_hash,
-        "calibration_data": calibration.content_hash,
+        "calibration_ids": calibration.ids_hash if _reads_calibration(config) else None,
+        "calibration_data": calibration.content_hash if _reads_calibration(config) else None,
         "question_ids": fingerprint({"ids": sorted(questions)})[:16],
         "question_data": evaluation.data_hash(config.benchmark, config.paths),
     }
     return Prepared(calibration, identity, leaked)
+
+
+def _reads_calibration(config: RunConfig) -> bool:
+    """Whether the run's results can depend on calibration prompts."""
+    changes = config.method.quantizes or config.method.transform.name != "none"
+    return changes or (config.statistics.enabled and config.statistics.unquantized)
 
 
 def _mini_root(config: RunConfig) -> Path | None:
@@ -207,7 +213,7 @@ def _execute(
         "calibration": {
             "samples": config.calibration.samples,
             "search_samples": config.calibration.search_samples,
-            "ids_hash": prepared.calibration.ids_hash,
+            "ids_hash": prepared.identity["calibration_ids"],
             "name": config.calibration.name,
             "leaked": prepared.leaked,
         },
@@ -286,8 +292,7 @@ def _walk(
     quantizer = engine.BlockQuantizer(
         config.method, config.bits, observe=settings.enabled, histograms=settings.histograms
     )
-    changes = config.method.quantizes or config.method.transform.name != "none"
-    if not (quantizer.observe or changes):
+    if not _reads_calibration(config):
         return quantizer
     size = config.calibration.batch_size
 

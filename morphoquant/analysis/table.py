@@ -189,6 +189,8 @@ def unequal(runs: Sequence[dict[str, Any]]) -> list[str]:
         for run in runs:
             if what == "weight quantizer" and run["slots"]["weight"] == "none":
                 continue
+            if what == "calibration samples" and run["calibration"]["ids_hash"] is None:
+                continue  # the unquantized model reads none
             row = f"{labels[run['fingerprint']]} {run['scheme']}"
             groups.setdefault(read(run), []).append(row)
         if len(groups) > 1:

@@ -162,6 +162,9 @@ class StatisticsConfig(Strict):
     """Per-modality outlier statistics, collected in the walk for every method."""
 
     enabled: bool = True
+    unquantized: bool = False
+    """For the unquantized model too. It is then another run for every calibration; without, one
+    reference serves every calibration and method."""
     outlier_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of a layer's channels that counts as its outlier set, for overlaps."""
     histograms: bool = True

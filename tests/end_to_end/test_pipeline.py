@@ -252,3 +252,21 @@ def test_changed_data_is_another_run(configure: Callable[..., RunConfig], tmp_pa
     assert evaluation.question_ids(same, config.paths) == evaluation.question_ids(
         other, config.paths
     )
+
+
+def test_one_reference_serves_every_calibration(configure: Callable[..., RunConfig]) -> None:
+    """The unquantized model reads no calibration prompt, unless its statistics are wanted."""
+    common = ("method=fp16", "limit=3", "benchmark=mini_scienceqa")
+    first = pipeline.run(configure(*common))
+    other = configure(*common, "calibration=mini_no_audio", "calibration.samples=8")
+    assert pipeline.run(other)["fingerprint"] == first["fingerprint"]
+    assert first["calibration"]["ids_hash"] is None
+    assert not [n for n in table.footnotes([first]) if "calibration" in n]
+    watched = configure(*common, "statistics.unquantized=true", "calibration.samples=8")
+    second = pipeline.run(watched)
+    assert second["fingerprint"] != first["fingerprint"]
+    assert "outliers" in read_tables(pipeline.run_path(watched, second))
+    rtn = ("method=rtn", "limit=3", "benchmark=mini_scienceqa")
+    a, b = configure(*rtn), configure(*rtn, "calibration.samples=8")
+    assert pipeline.run(a)["reference"] == pipeline.run(b)["reference"] == first["fingerprint"]
+    assert pipeline.run(a)["fingerprint"] != pipeline.run(b)["fingerprint"]
