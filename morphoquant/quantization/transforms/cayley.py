@@ -74,3 +74,54 @@ def orthogonality_error(matrix: torch.Tensor) -> float:
 def cosine_rate(rate: float, step: int, steps: int) -> float:
     """The rate of step 0 .. steps - 1, falling from ``rate`` towards zero as half a cosine."""
     return rate * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class LearnedRotation:
+    """``x -> x R`` along the last axis, R [n, n] orthogonal and open to gradient steps.
+
+    Attributes:
+        n: width.
+        matrix: R in float64; the products use a copy in the dtype and on the device of x.
+    """
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+        self.n = matrix.shape[0]
+        self._copy: torch.Tensor | None = None
+
+    def _like(self, x: torch.Tensor) -> torch.Tensor:
+        found = self._copy
+        if found is None or (found.dtype, found.device) != (x.dtype, x.device):
+            # One leaf for all products of a pass: it gathers their gradients.
+            found = self.matrix.detach().to(device=x.device, dtype=x.dtype).requires_grad_()
+            self._copy = found
+        return found
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] -> x R."""
+        return x @ self._like(x)
+
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] -> x R^T."""
+        return x @ self._like(x).T
+
+    def descend(self, rate: float, iterations: int) -> None:
+        """Take a step along the gradient that the last backward pass left."""
+        assert self._copy is not None, "no pass went through this rotation"
+        assert self._copy.grad is not None, "no backward pass went through this rotation"
+        gradient = self._copy.grad.to(self.matrix)
+        self._replace(cayley_step(self.matrix, gradient, rate, iterations))
+
+    @property
+    def error(self) -> float:
+        """``max |R^T R - I|``."""
+        return orthogonality_error(self.matrix)
+
+    def project(self) -> float:
+        """Re-orthonormalize; returns the error of before."""
+        error = self.error
+        self._replace(orthonormalized(self.matrix))
+        return error
+
+    def _replace(self, matrix: torch.Tensor) -> None:
+        self.matrix, self._copy = matrix, None

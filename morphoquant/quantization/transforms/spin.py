@@ -1,10 +1,10 @@
 """Learned rotations of the network (SpinQuant, arXiv 2405.16406; SPEC 4.6).
 
 The rotations are those of :mod:`morphoquant.quantization.transforms.rotate`, but R1 and one R2 per
-layer are learned: starting from Hadamard matrices, gradient descent over orthogonal matrices lowers
-the cross entropy of the answers while activations are rounded (straight-through) and weights are
-not. R4 stays a Hadamard matrix. Prompts are of all modalities, and the loss is taken on the answer
-and the end of the turn.
+layer are learned: from Hadamard matrices on, gradient descent over orthogonal matrices lowers the
+cross entropy of the answers while activations are rounded (straight-through) and weights are not.
+R4 stays a Hadamard matrix. Prompts are of all modalities; the loss is taken on the answer's own
+tokens, not on the end of the turn: a model may well go on ("C. autumn") after the right letter.
 
 No rotated weights exist while learning. A linear W that reads a rounded, rotated input computes
 ``Q(x R) (W R)^T = (Q(x R) R^T) W^T``, and the rotations of the residual stream cancel everywhere
@@ -22,8 +22,8 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -33,15 +33,11 @@ from morphoquant.calibration.readers import Sample
 from morphoquant.calibration.samples import CalibrationError
 from morphoquant.config.schema import ActivationConfig, TransformConfig
 from morphoquant.errors import ActivationError
+from morphoquant.models.adapter import Batch, OmniAdapter
 from morphoquant.models.structure import ResidualStream
 from morphoquant.quantization.activation import DynamicQuantizer, dynamic_quantizer
 from morphoquant.quantization.hadamard import HadamardTransform
-from morphoquant.quantization.transforms.cayley import (
-    cayley_step,
-    cosine_rate,
-    orthogonality_error,
-    orthonormalized,
-)
+from morphoquant.quantization.transforms.cayley import LearnedRotation, cosine_rate
 from morphoquant.quantization.transforms.rotate import (
     RotationReport,
     _ResidualRotation,
@@ -50,9 +46,6 @@ from morphoquant.quantization.transforms.rotate import (
     _untie,
     rotate,
 )
-
-if TYPE_CHECKING:
-    from morphoquant.models.adapter import Batch, OmniAdapter
 
 IGNORED = -100  # target of positions behind a short answer
 
@@ -101,22 +94,21 @@ class SpinSettings:
 
 
 @dataclass(frozen=True)
-class SpinReport(RotationReport):
-    """What :func:`spin` did.
+class Learning:
+    """How the learning of rotations went.
 
     Attributes:
         loss_before, loss_after: mean cross entropy (nats) of the answer tokens of all samples with
-            rounded activations, at the Hadamard start and at the learned rotations. None if
-            nothing was learned.
+            rounded activations, at the Hadamard start and at the learned rotations.
         losses: of the batch of every step, before the step.
-        orthogonality_error: max |R^T R - I| over the learned matrices as they were written.
+        orthogonality_error: max |R^T R - I| over the learned matrices as they are written.
         drift: the same, the largest that was met before a re-orthonormalization.
         steps: taken.
-        seconds: spent learning, with both measurements of the loss.
+        seconds: spent, with both measurements of the loss.
     """
 
-    loss_before: float | None
-    loss_after: float | None
+    loss_before: float
+    loss_after: float
     losses: tuple[float, ...]
     orthogonality_error: float
     drift: float
@@ -124,53 +116,11 @@ class SpinReport(RotationReport):
     seconds: float
 
 
-# ------------------------------------------------------------------------------- rotations
+@dataclass(frozen=True)
+class SpinReport(RotationReport):
+    """What :func:`spin` did; ``learning`` is None where nothing was to be learned."""
 
-
-class LearnedRotation:
-    """``x -> x R`` along the last axis, R [n, n] orthogonal and open to gradient steps.
-
-    Attributes:
-        n: width.
-        matrix: R in float64; the products use a copy in the dtype and on the device of x.
-    """
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
-        self.n = matrix.shape[0]
-        self._copy: torch.Tensor | None = None
-
-    def _like(self, x: torch.Tensor) -> torch.Tensor:
-        found = self._copy
-        if found is None or (found.dtype, found.device) != (x.dtype, x.device):
-            # One leaf for all products of a pass: it gathers their gradients.
-            found = self.matrix.detach().to(device=x.device, dtype=x.dtype).requires_grad_()
-            self._copy = found
-        return found
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., n] -> x R."""
-        return x @ self._like(x)
-
-    def inverse(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., n] -> x R^T."""
-        return x @ self._like(x).T
-
-    def descend(self, rate: float, iterations: int) -> None:
-        """Take a step along the gradient that the last backward pass left."""
-        assert self._copy is not None, "no pass went through this rotation"
-        assert self._copy.grad is not None, "no backward pass went through this rotation"
-        gradient = self._copy.grad.to(self.matrix)
-        self._replace(cayley_step(self.matrix, gradient, rate, iterations))
-
-    def project(self) -> float:
-        """Re-orthonormalize; returns the max |R^T R - I| of before."""
-        error = orthogonality_error(self.matrix)
-        self._replace(orthonormalized(self.matrix))
-        return error
-
-    def _replace(self, matrix: torch.Tensor) -> None:
-        self.matrix, self._copy = matrix, None
+    learning: Learning | None
 
 
 Rotation: TypeAlias = LearnedRotation | HadamardTransform
@@ -181,8 +131,7 @@ class Rotations:
     """Those of a whole decoder; None (or no R2 at all) where one is off.
 
     Attributes:
-        r1: of the residual stream. r2: of the heads' values, by layer. r4: of every down
-            projection's input.
+        r1, r2, r4: of the residual stream; of the values, by layer; of the down projections.
     """
 
     r1: LearnedRotation | None
@@ -206,32 +155,26 @@ class Rotations:
             return LearnedRotation(rotation(torch.eye(n, dtype=torch.float64)).to(device))
 
         hidden, head = stream.hidden_size, stream.head_dim
-        r2: tuple[LearnedRotation, ...] = ()
-        if settings.r2:
-            values = HadamardTransform(head, blocks)
-            r2 = tuple(dense(values, head) for _ in stream.layers)
+        signed = _ResidualRotation(hidden, settings.seed, blocks) if settings.r1 else None
+        values = HadamardTransform(head, blocks) if settings.r2 else None
         return cls(
-            dense(_ResidualRotation(hidden, settings.seed, blocks), hidden)
-            if settings.r1
-            else None,
-            r2,
-            HadamardTransform(stream.intermediate_size, blocks) if settings.r4 else None,
+            r1=None if signed is None else dense(signed, hidden),
+            r2=() if values is None else tuple(dense(values, head) for _ in stream.layers),
+            r4=HadamardTransform(stream.intermediate_size, blocks) if settings.r4 else None,
         )
 
 
-# ------------------------------------------------------------------------------- rounding
-
-
-def learning_quantizer(activation: ActivationConfig, bits: int) -> DynamicQuantizer:
+def learning_quantizer(activation: ActivationConfig, bits: int) -> nn.Module:
     """The quantizer of the learning phase: as configured if dynamic, else one range per token.
 
     Raises:
-        ValueError: activations are not quantized, so no rotation is better than another.
+        ValueError: activations are not quantized, so no rotation is better than another; or with
+            NVFP4, whose scale per tensor is a property of the rotated activation.
     """
-    if activation.format == "none" or bits >= 16:
+    if activation.format in ("none", "nvfp4") or bits >= 16:
         raise ValueError(
-            f"rotations are learned for rounded activations, and method.activation.format="
-            f"{activation.format!r} at {bits} bits rounds none; take steps=0, or rotate"
+            f"rotations are learned for rounded activations, which method.activation.format="
+            f"{activation.format!r} at {bits} bits does not offer; take steps=0, or rotate"
         )
     if activation.mode == "dynamic":
         return dynamic_quantizer(activation, bits)
@@ -264,12 +207,8 @@ def rounded_inputs(
     without, and the gain comes after the rounding.
     """
 
-    def behind_norm(gain: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-        def hook(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
-            rounded = round_rotated(out, rotations.r1, quantizer)
-            return rounded if gain is None else rounded * gain
-
-        return hook
+    def behind_norm(gain: torch.Tensor | float) -> Callable[..., torch.Tensor]:
+        return lambda _module, _args, out: round_rotated(out, rotations.r1, quantizer) * gain
 
     def before_linear(rotation: Rotation | None) -> Callable[..., torch.Tensor]:
         return lambda _module, args: round_rotated(args[0], rotation, quantizer)
@@ -277,7 +216,7 @@ def rounded_inputs(
     with ExitStack() as undo:
         for i, layer in enumerate(stream.layers):
             for norm in (layer.input_norm, layer.post_norm):
-                gain = None
+                gain: torch.Tensor | float = 1.0
                 if rotations.r1 is not None:
                     weight = cast("nn.Parameter", norm.weight)
                     gain = weight.data
@@ -288,9 +227,6 @@ def rounded_inputs(
             for linear, rotation in ((layer.o, r2), (layer.down, rotations.r4)):
                 undo.callback(linear.register_forward_pre_hook(before_linear(rotation)).remove)
         yield
-
-
-# ------------------------------------------------------------------------------- loss
 
 
 @dataclass(frozen=True)
@@ -312,23 +248,19 @@ class Lesson:
 
 
 def make_lesson(adapter: OmniAdapter, samples: Sequence[Sample]) -> Lesson:
-    """Teacher forcing: the answer's tokens and the end of the turn follow the encoded prompt.
+    """Teacher forcing: the answer's tokens follow the encoded prompt.
 
     They are what the model would have to generate token by token, so they are appended as tokens
     and not as text, which could merge with the prompt.
     """
     tokenizer = adapter.processor.tokenizer
     inputs = adapter.encode([sample.messages for sample in samples])
-    answers = [
-        [*tokenizer(sample.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        for sample in samples
-    ]
+    answers = [tokenizer(s.answer, add_special_tokens=False)["input_ids"] for s in samples]
     width = max(map(len, answers))
     targets = torch.tensor([ids + [IGNORED] * (width - len(ids)) for ids in answers])
     targets = targets.to(inputs["input_ids"].device)
     given = targets != IGNORED
-    # Padding is masked: any token will do.
-    appended = torch.where(given, targets, tokenizer.eos_token_id)
+    appended = torch.where(given, targets, tokenizer.pad_token_id)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], appended], dim=1)
     mask = inputs["attention_mask"]
     inputs["attention_mask"] = torch.cat([mask, given.to(mask)], dim=1)
@@ -338,14 +270,14 @@ def make_lesson(adapter: OmniAdapter, samples: Sequence[Sample]) -> Lesson:
 def make_lessons(
     adapter: OmniAdapter, samples: Sequence[Sample], size: int, seed: int
 ) -> list[Lesson]:
-    """All samples in seeded, mixed batches of at most ``size``.
+    """All samples with an answer in seeded, mixed batches of at most ``size``.
 
     Raises:
-        CalibrationError: no samples.
+        CalibrationError: there are none.
     """
-    if not samples:
-        raise CalibrationError("rotations are learned from calibration samples, got none")
-    order = list(samples)
+    order = [sample for sample in samples if sample.answer]
+    if not order:
+        raise CalibrationError("rotations are learned from answers, and no sample has one")
     random.Random(seed).shuffle(order)
     return [make_lesson(adapter, order[i : i + size]) for i in range(0, len(order), size)]
 
@@ -370,17 +302,6 @@ def _mean_loss(adapter: OmniAdapter, stream: ResidualStream, lessons: Sequence[L
     return total / sum(lesson.tokens for lesson in lessons)
 
 
-# ------------------------------------------------------------------------------- learning
-
-
-@dataclass(frozen=True)
-class _Course:
-    before: float
-    after: float
-    losses: tuple[float, ...]
-    drift: float
-
-
 def _learn(
     adapter: OmniAdapter,
     stream: ResidualStream,
@@ -388,31 +309,54 @@ def _learn(
     lessons: Sequence[Lesson],
     settings: SpinSettings,
     progress: Callable[[int], object] | None,
-) -> _Course:
-    """Gradient steps on all rotations; each round takes every lesson once, in another order."""
-    order = random.Random(settings.seed)
-    before, losses, drift = _mean_loss(adapter, stream, lessons), [], 0.0
+) -> Learning:
+    """Gradient steps on all rotations; every round takes each lesson once, in another order."""
+    started, order = time.perf_counter(), random.Random(settings.seed)
+    before, drift = _mean_loss(adapter, stream, lessons), 0.0
+    losses: list[float] = []
     waiting: list[Lesson] = []
     for step in range(settings.steps):
-        if not waiting:
-            waiting = order.sample(list(lessons), len(lessons))
+        waiting = waiting or order.sample(lessons, len(lessons))
         loss = answer_loss(adapter, stream, waiting.pop())
         if not torch.isfinite(loss):
             raise ActivationError(
-                f"learning rotations met a NaN or infinite loss at step {step}; check the "
-                f"calibration samples"
+                f"a NaN or infinite loss at step {step} of learning rotations; check the samples"
             )
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         rate = cosine_rate(settings.learning_rate, step, settings.steps)
-        last = step == settings.steps - 1
+        due = (step + 1) % settings.project_every == 0 or step + 1 == settings.steps
         for rotation in rotations.learned:
             rotation.descend(rate, settings.iterations)
-            if last or (step + 1) % settings.project_every == 0:
+            if due:
                 drift = max(drift, rotation.project())
         if progress is not None:
             progress(1)
-    return _Course(before, _mean_loss(adapter, stream, lessons), tuple(losses), drift)
+    return Learning(
+        loss_before=before,
+        loss_after=_mean_loss(adapter, stream, lessons),
+        losses=tuple(losses),
+        orthogonality_error=max(r.error for r in rotations.learned),
+        drift=drift,
+        steps=settings.steps,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.no_grad()
+def _write(stream: ResidualStream, rotations: Rotations, settings: SpinSettings) -> RotationReport:
+    """Put the learned matrices, and R4, into the weights."""
+    report = rotate(stream, settings.fixed(learned=True), settings.block_diagonal)
+    r1 = r2 = None
+    untied = False
+    if rotations.r1 is not None:
+        untied = _untie(stream)
+        _rotate_residual(stream, cast("Any", rotations.r1))
+        r1 = f"learned {rotations.r1.n} from random-sign hadamard"
+    for layer, rotation in zip(stream.layers, rotations.r2, strict=False):
+        _rotate_values(layer, cast("Any", rotation))
+        r2 = f"learned {rotation.n} from hadamard, one per layer"
+    return replace(report, name="spin", r1=r1, r2=r2, untied=untied)
 
 
 def spin(
@@ -427,7 +371,7 @@ def spin(
 
     Args:
         adapter: the loaded model. ``mlp.down_proj`` of every layer becomes a
-            :class:`RotatedInputLinear` if R4 is on.
+            :class:`~morphoquant.quantization.transforms.rotate.RotatedInputLinear` if R4 is on.
         samples: calibration prompts with their answers.
         settings: what to learn, and how.
         activation, bits: how activations will be rounded (see :func:`learning_quantizer`).
@@ -441,18 +385,14 @@ def spin(
     """
     stream = adapter.residual_stream()
     if not settings.learns:
-        report = rotate(stream, settings.fixed(learned=False), settings.block_diagonal)
-        return _report(report, None, (), 0.0)
+        plain = rotate(stream, settings.fixed(learned=False), settings.block_diagonal)
+        return SpinReport(**vars(replace(plain, name="spin")), learning=None)
     if any(not isinstance(layer.down, nn.Linear) for layer in stream.layers):
         raise ValueError("the decoder is rotated already: a down_proj is no plain nn.Linear")
     quantizer = learning_quantizer(activation, bits)
-    started = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad():
         rotations = Rotations.at_start(stream, settings)
         lessons = make_lessons(adapter, samples, settings.batch_size, settings.seed)
         with rounded_inputs(stream, rotations, quantizer):
-            course = _learn(adapter, stream, rotations, lessons, settings, progress)
-    with torch.no_grad():
-        untied = _write(stream, rotations)
-        report = rotate(stream, settings.fixed(learned=True), settings.block_diagonal)
-    names = {"untied": untied, "seed": settings.seed}
+            learning = _learn(adapter, stream, rotations, lessons, settings, progress)
+    return SpinReport(**vars(_write(stream, rotations, settings)), learning=learning)
