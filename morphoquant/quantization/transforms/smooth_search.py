@@ -218,5 +218,6 @@ def search_losses(
         size += sum(reading.bytes for reading in readings.values())
         if size >= memory_mb << 20:
             flush()
-    flush()
+    if held:
+        flush()
     return losses
