@@ -134,7 +134,7 @@ def kv_report(adapter: OmniAdapter) -> KVReport | None:
 def install_kv_cache(adapter: OmniAdapter, settings: KVSettings) -> KVReport:
     """Quantize the keys and values of every decoder layer from now on; the towers keep theirs.
 
-    What an earlier call installed is taken out first. The walk calls the decoder's layers one by
+    What an earlier call installed is replaced. The walk calls the decoder's layers one by
     one and meets the quantizers too, so whatever is calibrated behind them sees their errors.
 
     Args:
@@ -157,12 +157,11 @@ def install_kv_cache(adapter: OmniAdapter, settings: KVSettings) -> KVReport:
         config = module.config if kept is None else kept.config
         _wrapped(module, config._attn_implementation)
         quantizers[name] = KVQuantizer(settings, module.head_dim, config)
-    remove_kv_cache(adapter)
     AttentionInterface.register(ATTENTION, quantized_attention)
     for name, module in modules.items():
         # The decoder makes its masks by the config that all layers share, and other models may
         # have been built with the very same object: only a copy can name another function.
-        module.config = copy.copy(module.config)
+        module.config = copy.copy(quantizers[name].config)
         module.config._attn_implementation = ATTENTION
         module.add_module(CHILD, quantizers[name])
     return KVReport(settings, quantizers)
