@@ -173,12 +173,12 @@ def test_rotations_can_be_chosen(
 
 def test_the_loss_goes_down(copied: Any, omni: Any, calibration: Calibration) -> None:
     adapter = copied(omni)
-    settings = SpinSettings(steps=12, batch_size=5, seed=0)
-    report = spin(adapter, calibration.samples, settings, ACTIVATION, BITS)
+    settings = SpinSettings(steps=8, batch_size=3, seed=0)
+    report = spin(adapter, calibration.samples[:6], settings, ACTIVATION, BITS)
     learning = report.learning
     assert learning is not None
     assert learning.loss_after < learning.loss_before
-    assert len(learning.losses) == learning.steps == 12
+    assert len(learning.losses) == learning.steps == 8
     assert all(loss > 0 for loss in learning.losses)
     assert learning.drift < 1e-2
 
@@ -195,6 +195,20 @@ def test_one_seed_one_result(copied: Any, omni: Any, samples: list[Sample]) -> N
     assert torch.equal(first[0], again[0])
     assert first[1] == again[1]
     assert not torch.equal(first[0], other[0])
+
+
+def test_every_round_takes_every_lesson_once(copied: Any, omni: Any, samples: list[Sample]) -> None:
+    """At rate zero a step's loss is its lesson's: it tells which lesson was taken."""
+    settings = SpinSettings(steps=12, batch_size=1, learning_rate=0.0)
+    learning = spin(copied(omni), samples, settings, ACTIVATION, BITS).learning
+    assert learning is not None
+    rounds = [learning.losses[i : i + 4] for i in (0, 4, 8)]
+    assert len(set(rounds[0])) == 4
+    for taken in rounds:
+        assert sorted(taken) == pytest.approx(sorted(rounds[0]), rel=1e-5)
+        assert sum(taken) / 4 == pytest.approx(learning.loss_before, rel=1e-5)
+    assert any(taken != pytest.approx(rounds[0], rel=1e-5) for taken in rounds[1:])
+    assert learning.loss_after == pytest.approx(learning.loss_before, rel=1e-5)
 
 
 def test_progress_is_told_of_every_step(spun: Any) -> None:
