@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from morphoquant.calibration.samples import CalibrationError
 from morphoquant.config.schema import BitsConfig, WeightConfig
+from morphoquant.formats import fake_quantize_weight
 from morphoquant.models.structure import Modality
 from morphoquant.quantization.transforms.balance import (
     GradientBalance,
@@ -80,13 +81,13 @@ def test_only_answers_and_media_count(omni: Any, samples: Any) -> None:
 
 def by_hand(adapter: Any, sample: Any) -> dict[tuple[int, str], tuple[float, float]]:
     """(media, answer) mean |dL/dY| of every layer and part: one ordinary backward pass."""
-    prompt = omni_batch = adapter.encode([sample.messages])
+    prompt = adapter.encode([sample.messages])
     tokenizer = adapter.processor.tokenizer
     ids = tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
     answer = torch.tensor([[*ids, tokenizer.eos_token_id]])
     media = adapter.modality_map(prompt)[0] > 0
     start = prompt["input_ids"].shape[1]
-    whole = dict(omni_batch)
+    whole = dict(prompt)
     whole["input_ids"] = torch.cat([prompt["input_ids"], answer], 1)
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     caught: dict[tuple[int, str], torch.Tensor] = {}
@@ -210,8 +211,8 @@ def test_batches_of_the_search_do_not_matter(omni: Any, copied: Any, samples: An
             assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_weights_of_modalities_change_what_is_chosen(omni: Any, samples: Any, copied: Any) -> None:
-    """The loss of the search is the weighted sum: with the weights at hand it is reproduced."""
+def test_the_loss_is_the_sum_weighed_by_modality(omni: Any, samples: Any, copied: Any) -> None:
+    """The reported loss of an unsmoothed down_proj, from its input and the reported weights."""
     settings = SmoothSettings.mbq(grid=(0.0, 0.5), groups=("mlp_out",))
     report = smooth(copied(omni), [], settings, INT4, W4A8, samples)
     layer = omni.residual_stream().layers[0]
@@ -221,8 +222,6 @@ def test_weights_of_modalities_change_what_is_chosen(omni: Any, samples: Any, co
     weights |= dict.fromkeys((1, 2), report.balance[0].mlp["vision"])
     weights[3] = report.balance[0].mlp["audio"]
     total, tokens = 0.0, 0
-    from morphoquant.formats import fake_quantize_weight
-
     rough = fake_quantize_weight(layer.down.weight, 4).dequantized
     for sample in samples:
         batch, answers = with_answers(omni, [sample])
