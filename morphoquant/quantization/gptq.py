@@ -12,8 +12,8 @@ and a column that is rounded after those before it should be aimed at
 Notable choices:
     * This is GPTQ (Frantar et al. 2023) in the form of Chee et al. 2023 (QuIP, theorem 6: "OPTQ is
       LDLQ"). Its usual form updates all later columns with rows of ``U = V^-1``, the Cholesky
-      factor of ``H^-1``; the values are the same, but here nothing is inverted (one Cholesky instead
-      of two and an inverse), and finished columns are only read.
+      factor of ``H^-1``; the values are the same, but here one Cholesky replaces two and an
+      inverse, and finished columns are only read.
     * V comes from the ordinary lower factor of H with rows and columns in reverse.
     * Lazy blocks: the errors of all finished blocks reach a block in one matrix product.
     * The matrix is worked on transposed, so that a column of the weight is contiguous.
@@ -174,7 +174,8 @@ def _factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch
     ``V_ij = L_{K-1-i, K-1-j}`` is the upper factor for columns in ``order``; see :func:`_upper`.
     """
     backwards = order.flip(0)
-    work = hessian[backwards[:, None], backwards]  # a copy, from here on changed in place
+    # A copy, transposed (it is symmetric) because LAPACK factors columns in place.
+    work = hessian[backwards[:, None], backwards].mT
     diagonal = work.diagonal()
     dead = diagonal == 0
     # The mean is over live columns: any other value for dead ones would make the damping depend
@@ -241,9 +242,9 @@ def gptq(
     Group scales are taken when a group's first column is reached, from weights that already make
     up for the errors so far (the paper's choice; a block is then a group). ``static_groups``
     takes them from the original weight, which loses less at two or three bits with ``minmax``:
-    weights that make up for large errors widen the ranges. With ``act_order`` they are static in any case: columns
-    of one group are then not rounded one after the other, but every group stays a run of
-    neighbours, so the result needs no group index and runs on ordinary kernels.
+    weights that make up for large errors widen the ranges. With ``act_order`` they are static in
+    any case: columns of one group are then not rounded one after the other, but every group stays
+    a run of neighbours, so the result needs no group index and runs on ordinary kernels.
 
     Columns whose input was always zero are set to zero, before ranges are taken.
 
