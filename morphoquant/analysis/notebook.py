@@ -1,26 +1,18 @@
-"""What the notebooks share: jobs of a sweep with their tables, differences, lines, execution.
-
-``python -m morphoquant.analysis.notebook notebooks/*.ipynb`` executes notebooks in place, with the
-interpreter it runs under and without times in their metadata: the same runs give the same file.
-"""
+"""What the notebooks share: jobs of a sweep with their tables, their differences, their figures."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import sys
-from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy import stats
 
 from morphoquant.analysis.figures.style import (
@@ -40,7 +32,6 @@ from morphoquant.analysis.table import load_runs
 from morphoquant.errors import HarnessError
 from morphoquant.tracking.rundir import read_result
 
-KERNEL = "python3"
 PLACE = ["layer", "group", "modality"]
 MACHINE = ("paths.", "tracker")
 """Overrides that say where results go, and nothing about them."""
@@ -84,7 +75,7 @@ def load_schemes(runs: Path, *overrides: str) -> dict[str, Sweep]:
     activations first.
 
     Raises:
-        HarnessError: there is no such sweep; names the command (``find_sweep``).
+        HarnessError: there is no such sweep, or its runs are gone; names the command.
     """
     find_sweep(runs, *overrides)
     found: dict[str, Sweep] = {}
@@ -100,6 +91,11 @@ def load_schemes(runs: Path, *overrides: str) -> dict[str, Sweep]:
         result = next(filter(None, map(read_result, sweep.runs)), None)
         if result is not None:
             found.setdefault(result["scheme"], sweep)
+    if not found:
+        raise HarnessError(
+            f"{runs}: the runs of the sweeps with {' '.join(overrides)} are gone. Make them again: "
+            f"python run.py {' '.join(overrides)} paths.runs={runs}"
+        )
     return dict(sorted(found.items(), key=lambda item: activation_bits(item[0]), reverse=True))
 
 
@@ -111,9 +107,9 @@ def load(runs: Path, *overrides: str, scheme: str) -> Sweep:
     """
     found = load_schemes(runs, *overrides)
     if scheme not in found:
-        there = ", ".join(found) or "no scheme whose runs are still there"
         raise HarnessError(
-            f"{runs}: no finished sweep with {' '.join(overrides)} at {scheme} (there is {there}). "
+            f"{runs}: no finished sweep with {' '.join(overrides)} at {scheme} (there is "
+            f"{', '.join(found)}). "
             f"Make one: python run.py {' '.join(overrides)} bits={scheme} paths.runs={runs}"
         )
     return found[scheme]
@@ -340,74 +336,3 @@ def scatter_groups(
             panel.set_xscale("log")
     shared_legend(made, axes)
     return made
-
-
-def execute(path: Path, folder: Path | None = None, env: Mapping[str, str] | None = None) -> Any:
-    """A notebook executed from top to bottom; the file stays as it is.
-
-    Args:
-        path: of the ``.ipynb`` file.
-        folder: working directory of the kernel; default: the notebook's.
-        env: environment of the kernel; default: this process's.
-
-    Returns:
-        The ``nbformat`` notebook with its outputs. Its kernel was this interpreter, whatever
-        kernels are installed; its metadata hold no times, versions or paths.
-
-    Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed.
-        HarnessError: nbclient or ipykernel is not installed.
-    """
-    try:
-        import nbformat
-        from jupyter_client.kernelspec import KernelSpecManager
-        from jupyter_client.manager import AsyncKernelManager
-        from nbclient import NotebookClient
-    except ImportError as error:
-        raise HarnessError(f"{error}: install the extra 'test'") from error
-    notebook = nbformat.read(path, as_version=4)
-    # Without folders to look in, the only kernel is the native one: this interpreter.
-    specs = KernelSpecManager(kernel_dirs=[])
-    client = NotebookClient(
-        notebook,
-        km=AsyncKernelManager(kernel_name=KERNEL, kernel_spec_manager=specs),
-        record_timing=False,
-        timeout=600,
-        resources={"metadata": {"path": str(folder or path.parent)}},
-    )
-    options = {} if env is None else {"env": dict(env)}
-    client.execute(**options)
-    notebook.metadata = {
-        "kernelspec": {"display_name": KERNEL, "language": "python", "name": KERNEL}
-    }
-    notebook.metadata["language_info"] = {"name": "python"}
-    for cell in notebook.cells:
-        cell.metadata = {}
-        for output in cell.get("outputs", ()):
-            data = output.get("data", {})
-            output.get("metadata", {}).clear()
-            if "image/png" in data:
-                data["image/png"] = _smaller(data["image/png"])
-    return notebook
-
-
-def _smaller(png: str) -> str:
-    """A PNG in base64 with a palette of 256 colours, which takes a third of the bytes."""
-    packed = BytesIO()
-    drawn = Image.open(BytesIO(b64decode(png))).convert("RGB")
-    drawn.quantize(256).save(packed, format="PNG", optimize=True)
-    return b64encode(packed.getvalue()).decode()
-
-
-def main(paths: Sequence[str]) -> None:
-    """Execute notebooks in place."""
-    import nbformat
-
-    for path in map(Path, paths):
-        executed = execute(path)
-        nbformat.write(executed, path)
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,11 +1,9 @@
-"""What notebooks stand on: jobs found wherever the runs lie, differences, execution."""
+"""What notebooks stand on: jobs found wherever the runs lie, differences, figures."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +105,9 @@ def test_what_is_missing_names_its_command(runs: Path) -> None:
         notebook.load_schemes(runs, "experiment=other")
     with pytest.raises(HarnessError, match=r"there is w4a4, w4a3.*bits=w2a2"):
         notebook.load(runs, "experiment=e", scheme="w2a2")
+    sweep(runs, "2026-01-04", ["experiment=moved"], {"gate=1.0": "away"})
+    with pytest.raises(HarnessError, match=r"gone.*python run\.py experiment=moved"):
+        notebook.load_schemes(runs, "experiment=moved")
 
 
 def test_jobs_are_named_by_what_differs(runs: Path) -> None:
@@ -184,24 +185,3 @@ def test_dots_and_points_show_every_row() -> None:
     panel = notebook.scatter_groups(places, {"s": "s"}, "y", "y", "t").axes[0]
     assert sum(len(points.get_offsets()) for points in panel.collections) == 2
     assert panel.get_xscale() == "log"
-
-
-def test_execution_is_repeatable_and_uses_this_interpreter(tmp_path: Path) -> None:
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("nbclient")
-    path = tmp_path / "n.ipynb"
-    cells = [
-        "import os, sys\nprint(sys.executable == os.environ['WANTED'], os.getcwd())",
-        "%matplotlib inline\nfrom matplotlib.figure import Figure\nf = Figure((1, 1))\naxes = f.add_subplot()\nf",
-    ]
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    nbformat.write(made, path)
-    before = path.read_bytes()
-    env = dict(os.environ) | {"WANTED": sys.executable}
-    first, second = (notebook.execute(path, env=env) for _ in range(2))
-    assert path.read_bytes() == before
-    assert nbformat.writes(first) == nbformat.writes(second)
-    assert first.cells[0].outputs[0]["text"].split() == ["True", str(tmp_path)]
-    assert "image/png" in first.cells[1].outputs[0]["data"]
-    assert all(cell.metadata == {} for cell in first.cells)
-    assert set(first.metadata) == {"kernelspec", "language_info"}
