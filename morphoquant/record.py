@@ -129,16 +129,26 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
         group = f" {weight.group_size}" if weight.granularity == "per_group" else ""
         folded = ", activation scales folded in" if weight.fold else ""
         described["weight"] = f"int {granularity}{group} {weight.algorithm}, {weight.clip}{folded}"
-    elif weight.format != "none":
+    elif weight.format in ("nf4", "fp4"):
         double = " + double quantization" if weight.double_quantization else ""
         described["weight"] = f"{weight.format}{double}"
-    if activation.format != "none":
+    elif weight.format != "none":
+        described["weight"] = weight.format
+    if activation.format not in ("none", "int"):
+        described["activation"] = activation.format
+    elif activation.format == "int":
         described["activation"] = (
             f"{activation.format} {activation.granularity.replace('_', '-')} {activation.mode}, "
             f"{activation.range.name}"
         )
     if compensation.name == "dabc":
         described["compensation"] = f"{compensation.name}, {compensation.reading} reading"
+    elif compensation.name == "mixed_precision":
+        described["compensation"] = f"outlier channels at {compensation.outlier_bits} bits"
+    elif compensation.name == "low_rank":
+        fitted = ", whitened" if compensation.whitened else ""
+        order = f"{compensation.order} rounding"
+        described["compensation"] = f"rank {compensation.rank} {order}{fitted}"
     elif compensation.name != "none":
         per = " per modality" if compensation.per_modality else ""
         described["compensation"] = f"{compensation.name}{per}"

@@ -14,33 +14,70 @@ Rule = Literal["local", "global", "top_share"]
 class TransformConfig(Strict):
     """Slot 1: how the network is rewritten first, with its function unchanged."""
 
-    name: Literal["none", "rotate"] = "none"
+    name: Literal["none", "rotate", "spin", "smooth"] = "none"
+    """``spin`` rotates with learned R1 and R2, ``smooth`` moves scales from activations into
+    weights (SmoothQuant, AWQ, MBQ)."""
+    # --- rotate, spin
     r1: bool = True
     """Of the residual stream."""
     r2: bool = True
     """Of every head's values."""
+    r3: bool = False
+    """Of queries and keys while the model runs; it matters for the cache (bits.kv) only."""
     r4: bool = True
     """Of the down projection's input, while the model runs."""
     block_diagonal: bool = False
     """Where a width has no known Hadamard matrix, use blocks of the largest power of two."""
     seed: Annotated[int, Field(ge=0)] = 0
+    # --- spin
+    steps: Annotated[int, Field(ge=0)] = 100
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1.5
+    batch_size: PositiveInt = 8
+    # --- smooth
+    formula: Literal["smoothquant", "awq"] = "smoothquant"
+    """max|X|^alpha / max|W|^(1-alpha), or the normalised mean|X|^alpha."""
+    alpha: Share = 0.5
+    """The exponent where none is searched."""
+    search: bool = False
+    """Choose every group's exponent by the error of the part of the block behind it."""
+    loss: Literal["mse", "mae"] = "mse"
+    balance: Literal["none", "mean", "gradient"] = "none"
+    """Tokens count alike, modalities do, or media tokens count by their gradients (MBQ)."""
+    groups: tuple[Literal["attn_in", "attn_out", "mlp_in", "mlp_out"], ...] = Field(
+        default=("attn_in", "mlp_in"), strict=False
+    )
+    """Input groups that are smoothed; through norms, v and up."""
+    grouped_attn_out: bool = False
+    """Smooth ``attn_out`` under grouped-query attention too: query heads share their scales."""
     tolerance: Annotated[float, Field(gt=0.0)] = 1e-4
     """Largest relative change of the unquantized logits (fp32) that is still 'unchanged'."""
+
+
+FIXED_WIDTH = {"nf4": 4, "fp4": 4, "mxfp4": 4, "nvfp4": 4, "hif4": 4, "hif8": 8}
+"""Formats that exist at one width only."""
 
 
 class WeightConfig(Strict):
     """Slot 2: on which grid the weights land, and by which algorithm."""
 
-    format: Literal["none", "int", "nf4"] = "none"
-    algorithm: Literal["rtn"] = "rtn"
+    format: Literal["none", "int", "nf4", "fp4", "mxfp4", "nvfp4", "hif4", "hif8"] = "none"
+    """All but ``int`` have one width, blocks and scales of their own (SPEC 1.5)."""
+    algorithm: Literal["rtn", "gptq"] = "rtn"
+    act_order: bool = False
+    """GPTQ: columns in falling order of what reads them."""
+    damping: Annotated[float, Field(gt=0.0)] = 0.01
+    """GPTQ: on the Hessian's diagonal, in units of its mean."""
+    balanced: bool = False
+    """GPTQ: every modality weighs the same in the Hessian, however many tokens it has."""
     granularity: Literal["per_tensor", "per_channel", "per_group"] = "per_channel"
     group_size: PositiveInt = 128
     symmetric: bool = True
-    clip: Literal["minmax", "mse"] = "minmax"
+    clip: Literal["minmax", "mse", "awq"] = "minmax"
+    """``mse`` shrinks ranges by the weight's own error, ``awq`` by the output's (not of q, k)."""
     double_quantization: bool = True
-    """NF4 only: block scales are themselves stored in 8 bits (QLoRA)."""
+    """NF4 and FP4: block scales are themselves stored in 8 bits (QLoRA)."""
     fallback_format: Literal["int"] | None = None
-    """NF4 exists at 4 bits only; the format used at other widths, or null to refuse them."""
+    """A format of one width: what is used at other widths, or null to refuse them."""
     fold: bool = False
     """Integers only: fold static channel scales of the activation into the weight before it is
     rounded, and keep compensated channels' columns in 16 bits: the deployable path (SPEC 2.11)."""
@@ -92,7 +129,8 @@ class RangeConfig(Strict):
 class ActivationConfig(Strict):
     """Slot 3: on which grid the activations land, with which granularity and range."""
 
-    format: Literal["none", "int"] = "none"
+    format: Literal["none", "int", "mxfp4", "nvfp4", "hif4", "hif8"] = "none"
+    """All but ``int`` have one width and scales of their own: dynamic, per group."""
     granularity: Literal["per_tensor", "per_modality", "per_token", "per_channel", "per_group"] = (
         "per_token"
     )
@@ -103,6 +141,9 @@ class ActivationConfig(Strict):
     affine_when_sign_constant: bool = False
     """Static per channel: channels that never change sign get a grid over [lo, hi] (SPEC 2.6)."""
     group_size: PositiveInt = 128
+    kv_group_size: PositiveInt | None = None
+    """Of cached keys and values within a head; null takes the whole head."""
+    kv_symmetric: bool = False
     range: RangeConfig = RangeConfig()
 
 

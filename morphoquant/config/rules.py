@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from morphoquant.config.messages import ConfigError
+from morphoquant.config.method import FIXED_WIDTH
 from morphoquant.config.schema import RunConfig
 
 
@@ -15,6 +16,7 @@ def check(cfg: RunConfig) -> None:
         ConfigError: all broken rules, one per line.
     """
     broken = [
+        *_transform(cfg),
         *_weight(cfg),
         *_activation(cfg),
         *_search(cfg),
@@ -26,13 +28,68 @@ def check(cfg: RunConfig) -> None:
         raise ConfigError("\n".join(broken))
 
 
+def _transform(cfg: RunConfig) -> Iterator[str]:
+    transform, activation, bits = cfg.method.transform, cfg.method.activation, cfg.bits
+    rounds = activation.format != "none" and bits.activation < 16
+    learns = transform.name == "spin" and transform.steps > 0
+    if learns and (not rounds or activation.format == "nvfp4"):
+        yield (
+            f"method.transform.name='spin' with {_activation_words(cfg)}, bits.activation="
+            f"{bits.activation}: rotations are learned from rounded activations (and NVFP4 "
+            "needs a scale of activations that do not exist yet). Set bits.activation=4 with "
+            "method/activation=per_token, or method.transform.steps=0."
+        )
+    if transform.name == "smooth":
+        if (
+            transform.search
+            and not rounds
+            and (cfg.method.weight.format == "none" or bits.weight >= 16)
+        ):
+            yield (
+                "method.transform.search=true where neither weights nor activations are rounded: "
+                "every exponent would do. Set bits=w4a16 (or w4a4), or "
+                "method.transform.search=false."
+            )
+        if transform.balance == "gradient" and not transform.search:
+            yield (
+                "method.transform.balance='gradient' with method.transform.search=false: gradients "
+                "weigh the loss of a search. Set method.transform.search=true, or balance=none."
+            )
+    if transform.r3 and transform.name not in ("rotate", "spin"):
+        yield (
+            f"method.transform.r3=true with method.transform.name={transform.name!r}: R3 belongs "
+            "to rotations. Set method/transform=rotate, or method.transform.r3=false."
+        )
+    attention = cfg.model.attention
+    if (bits.kv < 16 or transform.r3) and attention == "flash_attention_2":
+        yield (
+            f"bits.kv={bits.kv}, method.transform.r3={transform.r3} with model.attention="
+            f"{attention!r}: its kernel cannot be given other keys and values. Set "
+            "model.attention=sdpa."
+        )
+
+
 def _weight(cfg: RunConfig) -> Iterator[str]:
     weight, bits = cfg.method.weight, cfg.bits.weight
-    if weight.format == "nf4" and bits not in (4, 16) and weight.fallback_format is None:
+    width = FIXED_WIDTH.get(weight.format)
+    if width is not None and bits not in (width, 16) and weight.fallback_format is None:
         yield (
-            f"bits.weight={bits} with method.weight.format='nf4': NF4 exists at 4 bits only. "
-            "Set method.weight.fallback_format=int to use integers at other widths, or "
-            "bits.weight=4."
+            f"bits.weight={bits} with method.weight.format={weight.format!r}: it exists at {width} "
+            "bits only. Set method.weight.fallback_format=int to use integers at other widths, or "
+            f"bits.weight={width}."
+        )
+    if weight.algorithm == "gptq" and (weight.format != "int" or weight.fold):
+        yield (
+            f"method.weight.algorithm='gptq' with method.weight.format={weight.format!r}, fold="
+            f"{weight.fold}: it rounds to integers that are not folded. Set method/weight=gptq."
+        )
+    if weight.clip == "awq" and (
+        weight.format != "int" or weight.algorithm != "rtn" or weight.granularity != "per_group"
+    ):
+        yield (
+            f"method.weight.clip='awq' with method.weight.format={weight.format!r}, algorithm="
+            f"{weight.algorithm!r}, granularity={weight.granularity!r}: its search is over groups "
+            "of integers that are rounded to nearest. Set method/weight=int_awq."
         )
     if not weight.fold:
         return
@@ -71,6 +128,20 @@ def _activation(cfg: RunConfig) -> Iterator[str]:
     activation = cfg.method.activation
     if activation.format == "none":
         return
+    width = FIXED_WIDTH.get(activation.format)
+    if width is not None:
+        if cfg.bits.activation not in (width, 16):
+            yield (
+                f"bits.activation={cfg.bits.activation} with method.activation.format="
+                f"{activation.format!r}: it exists at {width} bits only. Set bits.activation="
+                f"{width}, or method.activation.format=int."
+            )
+        if activation.granularity != "per_group" or activation.mode != "dynamic":
+            yield (
+                f"method.activation.format={activation.format!r} with granularity="
+                f"{activation.granularity!r}, mode={activation.mode!r}: its blocks and scales are "
+                f"its own. Set method/activation={activation.format}."
+            )
     where = f"method.activation.granularity={activation.granularity!r}"
     if activation.mode == "dynamic":
         if activation.granularity == "per_tensor":

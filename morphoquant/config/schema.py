@@ -96,10 +96,13 @@ class BitsConfig(Strict):
 
     weight: Bits = 16
     activation: Bits = 16
+    kv: Bits = 16
+    """Of cached keys and values."""
 
     @property
     def scheme(self) -> str:
-        return f"w{self.weight}a{self.activation}"
+        cache = f"kv{self.kv}" if self.kv < 16 else ""
+        return f"w{self.weight}a{self.activation}{cache}"
 
 
 # ------------------------------------------------------------------------------- data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,18 @@ from torch import nn
 from morphoquant.calibration.histogram import LayerDistribution
 from morphoquant.calibration.statistics import ChannelStatistics, ModalityStatistics
 from morphoquant.config.schema import ActivationConfig
-from morphoquant.formats import fake_quantize_activation
+from morphoquant.formats import (
+    fake_quantize_activation,
+    fake_quantize_hif4,
+    fake_quantize_hif8,
+    fake_quantize_mxfp4,
+    fake_quantize_nvfp4,
+    hif4_storage_bits,
+    hif8_storage_bits,
+    mxfp4_storage_bits,
+    nvfp4_storage_bits,
+    nvfp4_tensor_scale,
+)
 from morphoquant.formats.integer import (
     Granularity,
     Grid,
@@ -83,6 +95,53 @@ class DynamicQuantizer(nn.Module):
         )
 
 
+FORMATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mxfp4": fake_quantize_mxfp4,
+    "hif4": fake_quantize_hif4,
+    "hif8": fake_quantize_hif8,
+}
+STORAGE_BITS: dict[str, Callable[[tuple[int, ...]], float]] = {
+    "mxfp4": mxfp4_storage_bits,
+    "nvfp4": nvfp4_storage_bits,
+    "hif4": hif4_storage_bits,
+    "hif8": hif8_storage_bits,
+}
+
+
+class FormatQuantizer(nn.Module):
+    """Floating formats: blocks along the channels of every token, scales of their own (SPEC 1.5).
+
+    Args:
+        name: ``mxfp4``, ``nvfp4``, ``hif4`` or ``hif8``.
+        largest: NVFP4 only: the largest magnitude of calibration, which fixes its per-tensor scale
+            (taken from the tensor itself, it would depend on what else is in the batch).
+    """
+
+    tensor_scale: torch.Tensor | None
+
+    def __init__(self, name: str, largest: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.name = name
+        scale = None
+        if name == "nvfp4":
+            assert largest is not None, "NVFP4 needs a per-tensor scale from calibration"
+            scale = nvfp4_tensor_scale(largest.float())
+        self.register_buffer("tensor_scale", scale)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., channels] -> the same shape and dtype, on the grid."""
+        if self.tensor_scale is not None:
+            return fake_quantize_nvfp4(x, self.tensor_scale)
+        return FORMATS[self.name](x)
+
+    def bounds(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """None: levels follow the block, and what a format saturates counts as rounding."""
+        edge = torch.full((1,), torch.inf, device=x.device)
+        return -edge, edge
+
+
 class StaticQuantizer(nn.Module):
     """Range fixed in calibration: one per channel, one for the tensor, or one per modality.
 
@@ -128,8 +187,12 @@ class StaticQuantizer(nn.Module):
         return (grid.low + grid.offset) * grid.step, (grid.high + grid.offset) * grid.step
 
 
-def dynamic_quantizer(config: ActivationConfig, bits: int) -> DynamicQuantizer:
-    """The module for ``mode: dynamic``."""
+def dynamic_quantizer(
+    config: ActivationConfig, bits: int, largest: torch.Tensor | None = None
+) -> DynamicQuantizer | FormatQuantizer:
+    """The module for ``mode: dynamic``; ``largest`` is the magnitude that calibration saw."""
+    if config.format != "int":
+        return FormatQuantizer(config.format, largest)
     group = config.group_size if config.granularity == "per_group" else None
     return DynamicQuantizer(bits, config.symmetric, config.range.clip_ratio, group, config.grid)
 
@@ -200,7 +263,9 @@ def _as_configured(start: StaticRange, config: ActivationConfig) -> StaticRange:
 
 
 __all__ = [
+    "STORAGE_BITS",
     "DynamicQuantizer",
+    "FormatQuantizer",
     "StaticQuantizer",
     "dynamic_quantizer",
     "static_range",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from morphoquant.calibration.samples import CalibrationError
 from morphoquant.calibration.statistics import ModalityStatistics
+from morphoquant.calibration.walk import Observer
 from morphoquant.config.schema import BitsConfig, CompensationConfig, MethodConfig, RangeConfig
+from morphoquant.models.structure import Block, InputGroup
 from morphoquant.quantization.activation import StaticQuantizer, static_range, tensor_range
 from morphoquant.quantization.compensation import build_compensation
 from morphoquant.quantization.mdqfo import RangeSearch, Search
@@ -120,3 +123,26 @@ class SearchingQuantizer(nn.Module):
             return rounded
         found: torch.Tensor = build_compensation(self.config, self.mask, chosen.edge)(x, rounded)[0]
         return found
+
+
+def unreached(block: Block, wanted: str) -> CalibrationError:
+    """What to say when a tower sees no prompt."""
+    return CalibrationError(
+        f"no calibration prompt reaches the {block.tower} tower, {wanted}: add a source with "
+        f"such media to calibration.sources, or set model.scope.{block.tower}=false"
+    )
+
+
+def updating(searches: Mapping[str, Search]) -> Observer:
+    """Shows each group's real tokens to its search."""
+
+    def see(group: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        kinds = labels.reshape(-1)
+        padded = bool((kinds < 0).any())
+        real = kinds >= 0
+        searches[group.name].update(
+            rows[real] if padded else rows, kinds[real] if padded else kinds
+        )
+
+    return see

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from morphoquant.calibration.samples import CalibrationError
 from morphoquant.calibration.statistics import ModalityStatistics
 from morphoquant.calibration.walk import Observer, Segment, observing, run_block
 from morphoquant.config.schema import BitsConfig, MethodConfig
@@ -30,6 +29,8 @@ from morphoquant.quantization.choose import (
     make_learner,
     make_search,
     start_choice,
+    unreached,
+    updating,
 )
 from morphoquant.quantization.compensation import (
     ResidualMeans,
@@ -37,6 +38,7 @@ from morphoquant.quantization.compensation import (
     describe_branch,
     describe_compensation,
 )
+from morphoquant.quantization.gather import Gathered
 from morphoquant.quantization.install import describe_activation, install
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.manifest import LinearRecord, Manifest
@@ -46,7 +48,6 @@ from morphoquant.quantization.measure import ErrorMeter
 from morphoquant.quantization.mixed import ExcludingQuantizer
 from morphoquant.quantization.rounding import (
     GroupData,
-    needs_second_moment,
     round_weight,
     rounds_late,
 )
@@ -79,6 +80,7 @@ class BlockQuantizer:
         records: one manifest record per linear.
         choices: ranges per (block, group), for static methods.
         masks: compensated channels per (block, group), bool [channels].
+        largest: magnitudes per (block, group), for formats that need one in advance.
         moments: scores of all layers, for masks with a global rule (see ``survey``).
         meter: measures errors on probe prompts, where the walk is given some.
         labels: the modality of the tokens under way; needed where ``needs_labels``.
@@ -91,6 +93,7 @@ class BlockQuantizer:
     records: list[LinearRecord] = field(default_factory=list)
     choices: dict[tuple[str, str], GroupChoice] = field(default_factory=dict)
     masks: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    largest: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     moments: Mapping[str, ScoreMoments] | None = None
     histograms: bool = False
     meter: ErrorMeter = field(default_factory=ErrorMeter)
@@ -119,6 +122,11 @@ class BlockQuantizer:
         """Whether some channels are treated apart from the others."""
         kinds = ("dabc", "static_bias", "mixed_precision")
         return self.quantizes_activations and self.method.compensation.name in kinds
+
+    @property
+    def scales_tensors(self) -> bool:
+        """Whether the activation's format has a scale for the whole tensor."""
+        return self.quantizes_activations and self.method.activation.format == "nvfp4"
 
     @property
     def folds(self) -> bool:
@@ -229,14 +237,16 @@ class BlockQuantizer:
                 found[group.name] = ModalityStatistics(x.shape[-1], x.device, histograms)
             found[group.name].update(x, labels)
 
-        wanted = self.observe or self.is_static or self.masks_channels
-        self._run(at, segments, move, see if wanted else None)
-        if self.is_static or self.masks_channels:
+        needed = self.is_static or self.masks_channels or self.scales_tensors
+        self._run(at, segments, move, see if needed or self.observe else None)
+        if needed:
             if not found:
-                raise self._unreached(at.block, "whose static ranges or masks are to be set")
+                raise unreached(at.block, "whose static ranges or masks are to be set")
             for group in at.block.groups:
                 key, names = (at.block.name, group.name), self._names(at.block, group)
                 statistics = found[group.name]
+                if self.scales_tensors:
+                    self.largest[key] = statistics.pooled().absmax.max()
                 if self.masks_channels:
                     config = self.method.compensation.mask
                     self.masks[key] = group_mask(statistics, names, config, self.moments)
@@ -254,7 +264,7 @@ class BlockQuantizer:
         """Gradient steps; what they propose is compared with ratio 1 in the search pass."""
         choices = {g.name: self.choices[at.block.name, g.name] for g in at.block.groups}
         learners = {n: make_learner(c, self.method, self.bits) for n, c in choices.items()}
-        self._run(at, segments, move, _updating(learners))
+        self._run(at, segments, move, updating(learners))
         for name, learner in learners.items():
             choices[name].ratios = learner.best_ratios()
 
@@ -274,7 +284,7 @@ class BlockQuantizer:
                 at.sources[group.name].quantizer = SearchingQuantizer(
                     searches[group.name], self.bits.activation, mask, self.method.compensation
                 )
-        self._run(at, segments, move, _updating(searches))
+        self._run(at, segments, move, updating(searches))
         for name, search in searches.items():
             choice = self.choices[at.block.name, name]
             choice.ratios, choice.final = search.best_ratios(), search.result()
@@ -315,16 +325,18 @@ class BlockQuantizer:
         records = {r.name: r for r in self.records}
         for group in at.block.groups:
             choice = self.choices.get((at.block.name, group.name))
+            gathered = self._gather(at, group, prompts)
             data = GroupData(
                 mask=self.masks.get((at.block.name, group.name)),
                 grid=choice.final.grid(self.bits.activation) if choice and self.folds else None,
-                second_moment=self._second_moment(at, group, prompts),
+                second_moment=gathered.second_moment,
+                tokens=gathered.tokens,
             )
             for name in group.linears:
                 module = at.block.linear(name)
                 assert isinstance(module, QuantizedLinear)
                 original = plain(originals[name]).weight
-                rounded = round_weight(original, self.method, self.bits, data)
+                rounded = round_weight(original, self.method, self.bits, data, name)
                 module.weight.data = rounded.weight
                 if rounded.branch is not None:
                     module.set_branch(rounded.branch)
@@ -333,32 +345,20 @@ class BlockQuantizer:
                 if rounded.branch is not None:
                     record.compensation = describe_branch(rounded.branch)
 
-    def _second_moment(
-        self, at: Visit, group: InputGroup, prompts: list[Segment]
-    ) -> torch.Tensor | None:
-        """Sum of x x^T of a group's input, behind the groups that are rounded already."""
-        if not needs_second_moment(self.method, self.bits):
-            return None
-        total: list[torch.Tensor] = []
+    def _gather(self, at: Visit, group: InputGroup, prompts: list[Segment]) -> Gathered:
+        """What rounding wants to know of a group's input, behind groups rounded already."""
+        gathered = Gathered(self.method, self.bits, len(prompts))
+        if not gathered.wanted:
+            return gathered
 
         def see(seen: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
-            if seen.name != group.name:
-                return
-            rows = x.reshape(-1, x.shape[-1])[labels.reshape(-1) >= 0].double()
-            found = rows.T @ rows
-            total[:] = [total[0] + found if total else found]
+            if seen.name == group.name:
+                gathered.update(x, labels)
 
         self._run(at, prompts, False, see)
-        if not total:
-            raise self._unreached(at.block, "whose weights are to be rounded by what they read")
-        return total[0]
-
-    @staticmethod
-    def _unreached(block: Block, wanted: str) -> CalibrationError:
-        return CalibrationError(
-            f"no calibration prompt reaches the {block.tower} tower, {wanted}: add a source with "
-            f"such media to calibration.sources, or set model.scope.{block.tower}=false"
-        )
+        if gathered.empty:
+            raise unreached(at.block, "whose weights are rounded by what they read")
+        return gathered
 
     def _enable(self, source: GroupInput, group: InputGroup, block: Block) -> None:
         """Put the activation quantizer (and the compensation) in place, and say so."""
@@ -366,7 +366,8 @@ class BlockQuantizer:
         choice = self.choices.get((block.name, group.name))
         mask = self.masks.get((block.name, group.name))
         if choice is None:
-            dynamic = dynamic_quantizer(config, width)
+            largest = self.largest.get((block.name, group.name))
+            dynamic = dynamic_quantizer(config, width, largest)
             source.quantizer = dynamic if mask is None else ExcludingQuantizer(dynamic, mask)
         else:
             source.quantizer = StaticQuantizer(choice.final, width)
@@ -376,23 +377,8 @@ class BlockQuantizer:
         members = set(self._names(block, group))
         for record in self.records:
             if record.name in members:
-                record.activation = describe_activation(config, width, choice)
+                record.activation = describe_activation(config, width, record.in_features, choice)
                 if source.compensation is not None:
                     record.compensation = describe_compensation(
                         self.method.compensation, source.compensation, record.out_features
                     )
-
-
-def _updating(searches: Mapping[str, Search]) -> Observer:
-    """Shows each group's real tokens to its search."""
-
-    def see(group: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        kinds = labels.reshape(-1)
-        padded = bool((kinds < 0).any())
-        real = kinds >= 0
-        searches[group.name].update(
-            rows[real] if padded else rows, kinds[real] if padded else kinds
-        )
-
-    return see

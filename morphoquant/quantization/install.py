@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from morphoquant.config.schema import ActivationConfig
 from morphoquant.models.structure import Block, TokenLabels
+from morphoquant.quantization.activation import STORAGE_BITS
 from morphoquant.quantization.choose import GroupChoice
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.manifest import LinearRecord
@@ -50,13 +52,25 @@ def install(
 
 
 def describe_activation(
-    config: ActivationConfig, bits: int, choice: GroupChoice | None
+    config: ActivationConfig, bits: int, channels: int, choice: GroupChoice | None
 ) -> dict[str, Any]:
-    """What the manifest says of a group's quantizer; ``choice`` where its range is static."""
+    """What the manifest says of a group's quantizer; ``choice`` where its range is static.
+
+    ``base_bits`` counts the scales of every group of a token's channels (16 bits each, or what the
+    format says); the one scale of a whole token is left out.
+    """
+    base = float(bits)
+    if config.format in STORAGE_BITS:
+        base = STORAGE_BITS[config.format]((1, channels))
+        if config.format == "nvfp4":
+            base -= 32 / channels  # its per-tensor scale is not a token's
+    elif config.granularity == "per_group":
+        base += 16 * math.ceil(channels / config.group_size) / channels
     described: dict[str, Any] = {
         "format": config.format,
         "bits": bits,
-        "effective_bits": float(bits),
+        "base_bits": base,
+        "effective_bits": base,
         "granularity": config.granularity,
         "mode": config.mode,
         "range": config.range.name if config.mode == "static" else "minmax",

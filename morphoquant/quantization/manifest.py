@@ -44,6 +44,8 @@ class Manifest:
 
     linears: list[LinearRecord]
     counted_on: str = "evaluation"
+    cache: dict[str, Any] | None = None
+    """What was done to cached keys and values."""
 
     @property
     def scope_hash(self) -> str:
@@ -104,6 +106,7 @@ class Manifest:
             "counted_on": self.counted_on,
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
+            "kv_cache": self.cache,
             "linears": [asdict(r) for r in self.linears],
         }
 
@@ -176,7 +179,7 @@ def complete(
                     wrong.append(f"{full}: weights stayed in {record.weight['bits']} bits")
                 if module.source.elements:
                     rate = module.source.bypassed / module.source.elements
-                    nominal = record.activation["bits"]
+                    nominal = record.activation.get("base_bits", record.activation["bits"])
                     spent = nominal + (16 - nominal) * rate
                     if record.compensation.get("outlier_bits") == 8:
                         masked = record.compensation["masked_channels"] / record.in_features

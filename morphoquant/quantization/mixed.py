@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from morphoquant.formats import fake_quantize_activation, fake_quantize_weight
-from morphoquant.quantization.activation import DynamicQuantizer
+from morphoquant.quantization.activation import DynamicQuantizer, FormatQuantizer
 
 
 class ExcludingQuantizer(nn.Module):
@@ -25,7 +25,7 @@ class ExcludingQuantizer(nn.Module):
 
     mask: torch.Tensor
 
-    def __init__(self, inner: DynamicQuantizer, mask: torch.Tensor) -> None:
+    def __init__(self, inner: DynamicQuantizer | FormatQuantizer, mask: torch.Tensor) -> None:
         super().__init__()
         self.inner = inner
         self.register_buffer("mask", mask)

@@ -8,16 +8,18 @@ rounded weights. Two need the group's mask or ranges first and round *late*: fol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from morphoquant.config.schema import BitsConfig, MethodConfig
 from morphoquant.quantization import folding
+from morphoquant.quantization.awq_clip import awq_clip
+from morphoquant.quantization.gptq import gptq
 from morphoquant.quantization.low_rank import LowRank, truncated, whitened
 from morphoquant.quantization.mixed import mixed_weight
 from morphoquant.quantization.ranges import StaticGrid
-from morphoquant.quantization.weights import QuantizedWeight, quantize_weight
+from morphoquant.quantization.weights import QuantizedWeight, describe_int, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,15 @@ class GroupData:
     Attributes:
         mask: bool [channels] of compensated channels, or None.
         grid: the final static grid, for folding, or None.
-        second_moment: [channels, channels], sum of x x^T over calibration tokens, or None.
+        second_moment: [channels, channels], sum of x x^T over calibration tokens (any scale), or
+            None.
+        tokens: [rows, channels], some calibration tokens, or None.
     """
 
     mask: torch.Tensor | None = None
     grid: StaticGrid | None = None
     second_moment: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,27 @@ def rounds_late(method: MethodConfig, bits: BitsConfig) -> bool:
 def needs_second_moment(method: MethodConfig, bits: BitsConfig) -> bool:
     """Whether rounding looks at the activations' second moment."""
     compensation = method.compensation
-    return bits.weight < 16 and compensation.name == "low_rank" and compensation.whitened
+    by_branch = compensation.name == "low_rank" and compensation.whitened
+    return bits.weight < 16 and (by_branch or method.weight.algorithm == "gptq")
+
+
+def needs_tokens(method: MethodConfig, bits: BitsConfig) -> bool:
+    """Whether rounding looks at single tokens."""
+    return bits.weight < 16 and method.weight.format == "int" and method.weight.clip == "awq"
 
 
 def round_weight(
-    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData
+    weight: torch.Tensor,
+    method: MethodConfig,
+    bits: BitsConfig,
+    data: GroupData,
+    name: str = "",
 ) -> RoundedWeight:
     """Round one weight [out, in] as the method says.
 
     Args:
         weight: the original, never one that was rounded before.
+        name: of the linear; AWQ leaves the clipping of queries and keys alone.
         method: the weight slot, and the compensation where it keeps part of the weight.
         bits: widths; 16-bit weights come back as they are.
         data: of the input group.
@@ -71,20 +87,54 @@ def round_weight(
     weight = weight.detach()
     compensation = method.compensation
     if bits.weight < 16 and compensation.name == "low_rank":
-        return _with_branch(weight, method, bits, data)
+        return _with_branch(weight, method, bits, data, name)
     if rounds_late(method, bits) and method.weight.fold:
         return _folded(weight, method, bits, data)
     if rounds_late(method, bits):
-        return _mixed(weight, method, bits, data)
-    return _plain(quantize_weight(weight, method.weight, bits.weight))
-
-
-def _plain(found: QuantizedWeight) -> RoundedWeight:
+        return _mixed(weight, method, bits, data, name)
+    found = _on_grid(weight, method, bits, data, name)
     return RoundedWeight(found.dequantized, found.description)
 
 
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "attn.q", "attn.k")
+
+
+def _on_grid(
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData, name: str
+) -> QuantizedWeight:
+    """The weight slot's algorithm on a matrix [out, in]."""
+    config = method.weight
+    clips = needs_tokens(method, bits) and not name.endswith(QUERIES_AND_KEYS)
+    if config.format != "int" or bits.weight >= 16 or (config.algorithm == "rtn" and not clips):
+        if config.clip == "awq":
+            config = config.model_copy(update={"clip": "minmax"})
+        return quantize_weight(weight, config, bits.weight)
+    if clips:
+        assert data.tokens is not None
+        found = awq_clip(
+            weight, data.tokens, bits.weight, config.group_size, symmetric=config.symmetric
+        )
+    else:
+        assert data.second_moment is not None
+        found = gptq(
+            weight,
+            data.second_moment,
+            bits.weight,
+            config.granularity,
+            config.group_size,
+            config.symmetric,
+            "mse" if config.clip == "mse" else "minmax",
+            act_order=config.act_order,
+            damping=config.damping,
+        )
+    description = describe_int(weight, config, bits.weight)
+    if not clips:
+        description["algorithm"] = "gptq"
+    return QuantizedWeight(found.dequantized.to(weight.dtype), description)
+
+
 def _with_branch(
-    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData, name: str
 ) -> RoundedWeight:
     """SPEC 4.12: the branch first and the rest rounded, or rounded first and the loss fitted."""
     config = method.compensation
@@ -97,9 +147,9 @@ def _with_branch(
 
     if config.order == "before":
         branch = nearest(weight)
-        found = quantize_weight(weight - branch.product, method.weight, bits.weight)
+        found = _on_grid(weight - branch.product, method, bits, data, name)
     else:
-        found = quantize_weight(weight, method.weight, bits.weight)
+        found = _on_grid(weight, method, bits, data, name)
         branch = nearest(weight - found.dequantized)
     description = dict(found.description)
     description["effective_bits"] += branch.storage_bits()
@@ -108,13 +158,13 @@ def _with_branch(
 
 
 def _mixed(
-    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData, name: str
 ) -> RoundedWeight:
     """Masked columns at the higher width, the others rounded as if those were not there."""
     assert data.mask is not None
     high = method.compensation.outlier_bits
     others = weight.masked_fill(data.mask, 0.0)
-    found = quantize_weight(others, method.weight, bits.weight)
+    found = _on_grid(others, method, bits, data, name)
     description = dict(found.description)
     share = float(data.mask.double().mean())
     description["effective_bits"] += share * (high - bits.weight)
@@ -133,8 +183,9 @@ def _folded(
     group = config.group_size if config.granularity == "per_group" else None
     mask = data.mask if method.compensation.name == "dabc" else None
     excluded = mask is not None and method.compensation.reading == "channel"
+    clip: Literal["minmax", "mse"] = "mse" if config.clip == "mse" else "minmax"
     folded = folding.fold_weight(
-        weight, data.grid, mask, bits.weight, group, clip=config.clip, exclude_masked=excluded
+        weight, data.grid, mask, bits.weight, group, clip=clip, exclude_masked=excluded
     )
     description: dict[str, Any] = {
         "format": "int",

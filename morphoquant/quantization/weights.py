@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from morphoquant import formats
+from morphoquant.config.method import FIXED_WIDTH
 from morphoquant.config.schema import WeightConfig
 
 
@@ -29,11 +30,9 @@ def _none(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWei
     return QuantizedWeight(weight.detach(), {"format": "none", "bits": 16, "effective_bits": 16.0})
 
 
-def _int(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
-    found = formats.fake_quantize_weight(
-        weight.detach(), bits, config.granularity, config.group_size, config.symmetric, config.clip
-    )
-    description = {
+def describe_int(weight: torch.Tensor, config: WeightConfig, bits: int) -> dict[str, Any]:
+    """What the manifest says of an integer weight [out, in]."""
+    described = {
         "format": "int",
         "bits": bits,
         "effective_bits": formats.int_storage_bits(
@@ -48,8 +47,20 @@ def _int(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeig
         "clip": config.clip,
     }
     if config.granularity == "per_group":
-        description["group_size"] = config.group_size
-    return QuantizedWeight(found.dequantized.to(weight.dtype), description)
+        described["group_size"] = config.group_size
+    return described
+
+
+def _int(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
+    found = formats.fake_quantize_weight(
+        weight.detach(),
+        bits,
+        config.granularity,
+        config.group_size,
+        config.symmetric,
+        "mse" if config.clip == "mse" else "minmax",
+    )
+    return QuantizedWeight(found.dequantized.to(weight.dtype), describe_int(weight, config, bits))
 
 
 def _nf4(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
@@ -65,18 +76,59 @@ def _nf4(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeig
     return QuantizedWeight(found.dequantized.to(weight.dtype), description)
 
 
+def _fp4(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
+    found = formats.quantize_fp4(weight.detach(), config.double_quantization)
+    shape = (weight.shape[0], weight.shape[1])
+    description = {
+        "format": "fp4",
+        "bits": 4,
+        "effective_bits": formats.fp4_storage_bits(shape, config.double_quantization),
+        "granularity": "per_group",
+        "group_size": 64,
+        "double_quantization": config.double_quantization,
+    }
+    return QuantizedWeight(found.dequantized.to(weight.dtype), description)
+
+
+def _block(
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    storage_bits: Callable[[tuple[int, ...]], float],
+    block: int | None,
+) -> Callable[[torch.Tensor, WeightConfig, int], QuantizedWeight]:
+    """A format that needs nothing but the weight: blocks along the reduction axis."""
+
+    def quantize(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
+        description: dict[str, Any] = {
+            "format": config.format,
+            "bits": bits,
+            "effective_bits": storage_bits(tuple(weight.shape)),
+            "granularity": "per_group" if block else "per_element",
+        }
+        if block:
+            description["group_size"] = block
+        return QuantizedWeight(rounded(weight.detach()), description)
+
+    return quantize
+
+
 FORMATS: dict[str, Callable[[torch.Tensor, WeightConfig, int], QuantizedWeight]] = {
     "none": _none,
     "int": _int,
     "nf4": _nf4,
+    "fp4": _fp4,
+    "mxfp4": _block(formats.fake_quantize_mxfp4, formats.mxfp4_storage_bits, 32),
+    "nvfp4": _block(formats.fake_quantize_nvfp4, formats.nvfp4_storage_bits, 16),
+    "hif4": _block(formats.fake_quantize_hif4, formats.hif4_storage_bits, 64),
+    "hif8": _block(formats.fake_quantize_hif8, formats.hif8_storage_bits, None),
 }
 
 
 def quantize_weight(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
     """Round-trip a weight [out, in] through the configured grid; 16 bits is the identity."""
     name = config.format
+    width = FIXED_WIDTH.get(name)
     if bits >= 16:
         name = "none"
-    elif name == "nf4" and bits != 4 and config.fallback_format is not None:
+    elif width is not None and bits != width and config.fallback_format is not None:
         name = config.fallback_format
     return FORMATS[name](weight, config, bits)

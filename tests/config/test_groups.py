@@ -42,9 +42,21 @@ def test_the_groups_are_found() -> None:
 def test_every_method_at_every_width(
     composed: Callable[..., RunConfig], method: str, bits: str
 ) -> None:
+    width = bits.removeprefix("w").removesuffix("kv4").split("a")
+    one_width = method in ("nf4", "mxfp4", "nvfp4", "hif4", "morphoquant_hif4")
+    nothing_rounded = method in ("awq", "mbq") and bits == "w16a16"
+    unlearnable = method == "spinquant" and width[1] == "16"
+    odd = any(w not in ("4", "16") for w in (width[:1] if method == "nf4" else width))
+    if (one_width and odd) or nothing_rounded or unlearnable:
+        with pytest.raises(ConfigError, match="Set "):
+            composed(f"method={method}", f"bits={bits}")
+        return
     config = composed(f"method={method}", f"bits={bits}")
     assert config.method.name == method
-    assert config.bits.scheme == (bits if config.method.quantizes else "w16a16")
+    weight = width[0] if config.method.weight.format != "none" else "16"
+    activation = width[1] if config.method.activation.format != "none" else "16"
+    cache = "kv4" if bits.endswith("kv4") else ""
+    assert config.bits.scheme == f"w{weight}a{activation}{cache}"
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -60,6 +72,10 @@ def test_every_slot_choice(composed: Callable[..., RunConfig], slot: str, choice
     static = slot in ("activation/range", "compensation") or choice == "int_folded"
     static = static and not choice.startswith(("mixed_precision", "low_rank"))
     base = [f"method={'rtn_static' if static else 'rtn'}"]
+    if choice in ("hif8", "fp4", "mxfp4", "nvfp4", "hif4"):
+        base.append("bits=w8a8")
+        if choice != "hif8":
+            base[-1] = "bits=w4a4"
     if choice == "percentile":
         base.append("method/activation=per_tensor_static")
     composed(*base, f"method/{slot}={choice}")

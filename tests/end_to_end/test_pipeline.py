@@ -206,13 +206,13 @@ def test_quantizing_nothing_fails(
     configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trap of comparing the unquantized model with itself: weights that keep their values."""
-    from morphoquant.quantization import engine
+    from morphoquant.quantization import rounding
     from morphoquant.quantization.weights import QuantizedWeight
 
     def keep(weight: Any, config: Any, bits: int) -> QuantizedWeight:
         return QuantizedWeight(weight, {"format": "int", "bits": 4, "effective_bits": 4.0})
 
-    monkeypatch.setattr(engine, "quantize_weight", keep)
+    monkeypatch.setattr(rounding, "quantize_weight", keep)
     config = configure(
         "method=rtn", "bits=w4a16", "limit=4", "benchmark=mini_scienceqa", "reference=false",
         "seed=7",

@@ -156,6 +156,7 @@ def rotate(
         ValueError: a width has no known Hadamard matrix, or the decoder is rotated already.
             Nothing has been changed then.
     """
+    block_diagonal = block_diagonal or config.block_diagonal
     if any(not isinstance(layer.down, nn.Linear) for layer in stream.layers):
         raise ValueError("the decoder is rotated already: a down_proj is no plain nn.Linear")
     r1 = _ResidualRotation(stream.hidden_size, config.seed, block_diagonal) if config.r1 else None
