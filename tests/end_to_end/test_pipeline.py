@@ -270,3 +270,47 @@ def test_one_reference_serves_every_calibration(configure: Callable[..., RunConf
     a, b = configure(*rtn), configure(*rtn, "calibration.samples=8")
     assert pipeline.run(a)["reference"] == pipeline.run(b)["reference"] == first["fingerprint"]
     assert pipeline.run(a)["fingerprint"] != pipeline.run(b)["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=smoothquant",),
+        ("method=smoothquant", "method/transform=smooth_searched"),
+        ("method=awq", "bits=w4a16"),
+        ("method=mbq",),
+        ("method=gptq",),
+        ("method=gptq", "method/weight=gptq_balanced", "bits=w4a8"),
+        ("method=spinquant", "method.transform.steps=2"),
+        ("method=mquant", "bits=w4a8"),
+        ("method=svdquant",),
+        ("method=svdquant", "method/compensation=low_rank_whitened"),
+        ("method=atom",),
+        ("method=hif4",),
+        ("method=nvfp4",),
+        ("method=mxfp4",),
+        ("method=nf4", "bits=w4a16"),
+        ("method=morphoquant_hif4",),
+        ("method=morphoquant", "method/transform=rotate"),
+        ("method=morphoquant", "method/compensation=dabc_random"),
+        ("method=quarot", "bits=w4a4kv4", "method.transform.r3=true"),
+    ],
+    ids=" ".join,
+)
+def test_the_field_runs(configure: Callable[..., RunConfig], overrides: tuple[str, ...]) -> None:
+    """Every rival from config to verdicts, with its transform checked and its bits counted."""
+    small = ("calibration.samples=15", "calibration.search_samples=5")
+    config = configure(*overrides, *small, "limit=1", "reference=false")
+    result = pipeline.run(config)
+    assert result["scheme"] == config.bits.scheme
+    transformed = config.method.transform.name != "none"
+    assert (result["transform_drift"] is not None) == transformed
+    if transformed:
+        assert result["transform_drift"] < 1e-6  # float64
+    assert 4 <= result["bits"]["weight"] < 8
+    assert 4 <= result["bits"]["activation"] <= 16
+    manifest = json.loads((pipeline.run_path(config, result) / "manifest.json").read_text())
+    assert (manifest["kv_cache"] is not None) == (config.bits.kv < 16)
+    if config.bits.kv < 16:
+        assert manifest["kv_cache"]["bits"] == 4
+    assert 0 <= result["logits"]["top1_agreement"] <= 1
