@@ -33,6 +33,7 @@ def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConf
             f"paths.runs={root / 'runs'}",
             f"paths.cache={root / 'cache'}",
             "tracker=none",
+            "statistics.figures=false",  # seconds a run; one test has them drawn
             "calibration.samples=40",
             "calibration.search_samples=10",
         ]
@@ -178,7 +179,7 @@ def test_a_calibration_that_says_it_leaks_runs_and_is_counted(
 def test_every_reading_runs_and_leaves_its_atlas(
     configure: Callable[..., RunConfig], overrides: tuple[str, ...]
 ) -> None:
-    config = configure(*overrides, "limit=2", "reference=false")
+    config = configure(*overrides, "limit=2", "reference=false", "statistics.figures=true")
     result = pipeline.run(config)
     tables = read_tables(pipeline.run_path(config, result))
     assert set(tables) == set(TABLES)
