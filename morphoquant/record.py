@@ -128,7 +128,9 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
         granularity = weight.granularity.replace("_", "-")
         group = f" {weight.group_size}" if weight.granularity == "per_group" else ""
         folded = ", activation scales folded in" if weight.fold else ""
-        described["weight"] = f"int {granularity}{group} {weight.algorithm}, {weight.clip}{folded}"
+        uneven = "" if weight.symmetric else " asymmetric"
+        by = f"{weight.algorithm}, {weight.clip}"
+        described["weight"] = f"int {granularity}{group}{uneven} {by}{folded}"
     elif weight.format in ("nf4", "fp4"):
         double = " + double quantization" if weight.double_quantization else ""
         described["weight"] = f"{weight.format}{double}"
