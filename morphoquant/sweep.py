@@ -32,8 +32,6 @@ from morphoquant.errors import HarnessError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from morphoquant.analysis.table import Report
-
 log = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
@@ -124,38 +122,20 @@ def _write(path: Path, text: str) -> None:
 
 def _show(directories: list[str], config: RunConfig) -> None:
     """Print the comparison of some runs with their references."""
-    _comparison([{"overrides": "", "run": d} for d in directories], config).show()
+    from morphoquant.analysis.reports import comparison
+
+    notes = [{"overrides": "", "run": d} for d in directories]
+    comparison(notes, Path(config.paths.runs)).show()
     print(f"Run: {directories[0]}")
-
-
-def _comparison(notes: list[dict[str, str]], config: RunConfig) -> Report:
-    """Every run of a sweep beside the unquantized model."""
-    from morphoquant.analysis import table
-
-    found = list(dict.fromkeys(note["run"] for note in notes if "run" in note))
-    failed = [note for note in notes if "error" in note]
-    runs = table.load_runs([Path(d) for d in found], Path(config.paths.runs))
-    frame = table.with_failures(table.comparison(runs), failed)
-    footnotes = table.footnotes(runs) + table.failure_notes(failed)
-    return table.Report(table.TITLE, frame, frame, footnotes)
 
 
 def _finish(notes: list[dict[str, str]], config: RunConfig, sweep: Path) -> None:
     """The table that the sweep was made for: in the terminal, beside its notes, in the tracker."""
+    from morphoquant.analysis.reports import make_report
     from morphoquant.tracking.rundir import write_atomic
     from morphoquant.tracking.wandb_mirror import open_tracker
 
-    root = Path(config.paths.runs)
-    if config.report == "ablation":
-        from morphoquant.analysis.ablation import ablation
-
-        report = ablation(notes, root)
-    elif config.report == "table3":
-        from morphoquant.analysis.published import table3
-
-        report = table3(notes, root)
-    else:
-        report = _comparison(notes, config)
+    report = make_report(config.report, notes, Path(config.paths.runs))
     report.show()
     write_atomic(sweep / "table.csv", lambda p: report.frame.to_csv(p, index=False))
     write_atomic(sweep / "table.md", lambda p: _write(p, report.markdown()))

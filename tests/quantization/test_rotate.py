@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from morphoquant.compat import prepare_torchvision
-from morphoquant.config.schema import TransformConfig
+from morphoquant.config.schema import BitsConfig, MethodConfig, TransformConfig
 from morphoquant.models.qwen_omni import residual_stream
 from morphoquant.models.structure import ResidualStream
 from morphoquant.quantization.transforms import (
     RotatedInputLinear,
     RotationReport,
+    TransformInput,
     apply_transform,
     rotate,
 )
@@ -311,16 +312,21 @@ def test_unknown_width_changes_nothing(original: Any) -> None:
 
 def test_dtype_of_parameters_is_kept(original: Any) -> None:
     model = copy.deepcopy(original).to(torch.bfloat16)
-    apply_transform(residual_stream(model), TransformConfig(name="rotate"))
+    rotate(residual_stream(model), TransformConfig(name="rotate"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_dispatch(original: Any) -> None:
-    stream = residual_stream(copy.deepcopy(original))
-    assert apply_transform(stream, TransformConfig(name="none")) is None
-    report = apply_transform(stream, TransformConfig(name="rotate"))
-    assert report is not None
+def test_dispatch(fresh_omni: Any) -> None:
+    def apply(name: Any) -> Any:
+        method = MethodConfig(name=name, transform=TransformConfig(name=name))
+        return apply_transform(TransformInput(fresh_omni, method, BitsConfig(), (), ()))
+
+    before = fresh_omni.residual_stream().lm_head.weight.clone()
+    assert apply("none") is None
+    assert torch.equal(fresh_omni.residual_stream().lm_head.weight, before)
+    report = apply("rotate")
     assert report.name == "rotate"
+    assert not torch.equal(fresh_omni.residual_stream().lm_head.weight, before)
 
 
 def test_largest_relative_change() -> None:
