@@ -12,16 +12,20 @@ The panel is one of two, and which one follows from how the weight was folded:
 The full values can never be added on top of codes that contain them. Zero points enter as they
 are, not clipped to the code range, so channels of constant sign are right.
 
-This is an emulation: it computes what an integer kernel computes, not as fast.
+By itself this is an emulation: it computes what an integer kernel computes, not as fast.
+:meth:`IntegerLinear.pack` gives it a product that really runs on 8-bit integers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from morphoquant.quantization.compensation import DynamicCompensation
 from morphoquant.quantization.folding import FoldedWeight
+from morphoquant.quantization.int8_product import Product, pack
 from morphoquant.quantization.ranges import StaticGrid
 
 INT32 = torch.iinfo(torch.int32)
@@ -105,6 +109,38 @@ class IntegerLinear(nn.Module):
             panel = folded.dequantized[:, channels]
         self.register_buffer("channels", channels)
         self.register_buffer("panel", panel)
+        self._products: list[Product] | None = None
+
+    def pack(self) -> bool:
+        """Compute on 8-bit integers from now on, on the device where the codes are.
+
+        Returns:
+            Whether this device has such a product for every group; otherwise nothing changes.
+        """
+        low, high = int(self.low.min()), int(self.high.max())
+        found = [pack(codes, low, high) for codes in self.codes.split(self.group_width, dim=1)]
+        products = [product for product in found if product is not None]
+        if len(products) < len(found):
+            return False
+        self._products = products
+        return True
+
+    @property
+    def packed(self) -> bool:
+        """Whether the product runs on 8-bit integers."""
+        return self._products is not None
+
+    def _accumulate(self, q: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The sums of every group: [T, N], integers."""
+        parts = q.split(self.group_width, dim=1)
+        if self._products is not None:
+            for product, activations in zip(self._products, parts, strict=True):
+                yield product(activations)
+            return
+        for activations, weights in zip(
+            parts, self.codes.split(self.group_width, dim=1), strict=True
+        ):
+            yield integer_product(activations, weights)
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """int8 codes of [..., K]; 0 in left-out channels and for NaN."""
@@ -118,12 +154,8 @@ class IntegerLinear(nn.Module):
             rows = rows.float()
         q = self.quantize(rows)
         out = self.bias.to(rows.dtype).expand(rows.shape[0], -1).clone()
-        parts = zip(
-            q.split(self.group_width, dim=1), self.codes.split(self.group_width, dim=1), strict=True
-        )
-        for g, (activations, weights) in enumerate(parts):
-            accumulator = integer_product(activations, weights)
-            out += accumulator.to(rows.dtype) * self.scale[:, g].to(rows.dtype)
+        for g, accumulator in enumerate(self._accumulate(q)):
+            out.addcmul_(accumulator.to(rows.dtype), self.scale[:, g].to(rows.dtype))
         if self.channels.numel():
             out += self._sixteen_bit(rows, q) @ self.panel.to(rows.dtype).T
         return out.to(x.dtype).reshape(*x.shape[:-1], self.codes.shape[0])
