@@ -49,6 +49,22 @@ def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     }[config.dtype]
 
 
+def check_finite(model: torch.nn.Module, path: str) -> None:
+    """Refuse weights that hold NaN or infinite values: one of them makes every answer garbage.
+
+    Raises:
+        ModelError: naming the first such tensor and how many values are affected.
+    """
+    for name, parameter in model.named_parameters():
+        bad = int((~torch.isfinite(parameter)).sum())
+        if not bad:
+            continue
+        raise ModelError(
+            f"model.path: {path!r} holds {bad} NaN or infinite values in {name} (of "
+            f"{parameter.numel()}); download or convert the checkpoint again"
+        )
+
+
 class OmniAdapter:
     """A loaded model with everything the rest of the package asks of it."""
 
@@ -91,6 +107,7 @@ class OmniAdapter:
                 f"model.path: {config.path!r} could not be loaded: {error}. Without the hub, "
                 f"download the checkpoint elsewhere and give its folder: model.path=FOLDER"
             ) from error
+        check_finite(model, config.path)
         model.to(device).eval().requires_grad_(False)
         return cls(model, processor, config)
 

@@ -99,27 +99,82 @@ def open_tracker(
 ) -> Tracker:
     """The tracker of one run; a resumed run continues the same wandb run (its id is ``name``).
 
-    Offline, the files lie under ``directory/wandb`` until ``wandb sync`` sends them.
+    Offline, the files lie under ``directory/wandb`` until ``wandb sync`` sends them. Where online
+    was asked for and the server cannot be reached, or refuses, the run is kept offline.
     """
     if settings.name == "none":
         return NoTracker()
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports to its makers
+    modes = ["online", "offline"] if settings.mode == "online" else ["offline"]
+    error: Exception | None = None
     try:
-        import wandb
+        if "online" in modes:
+            _reach()
+    except Exception as found:
+        modes.remove("online")
+        _kept_offline(found)
+    for mode in modes:
+        try:
+            return WandbTracker(_start(settings, described, name, group, directory, mode))
+        except Exception as found:
+            error = found
+            if mode == "online":
+                _kept_offline(found)
+    log.warning("wandb could not start, the run goes on without it: %s", error)
+    return NoTracker()
 
-        run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            group=group,
-            name=name,
-            id=name[-120:],
-            resume="allow" if settings.mode == "online" else None,
-            mode=settings.mode,
-            dir=str(directory),
-            config=described,
-            settings=wandb.Settings(console="off", init_timeout=60),
-        )
-    except Exception as error:
-        log.warning("wandb could not start, the run goes on without it: %s", error)
-        return NoTracker()
-    return WandbTracker(run)
+
+def _start(
+    settings: TrackerConfig,
+    described: dict[str, Any],
+    name: str,
+    group: str | None,
+    directory: Path,
+    mode: str,
+) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        group=group,
+        name=name,
+        id=name[-120:],
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        dir=str(directory),
+        config=described,
+        settings=wandb.Settings(console="off", init_timeout=60, **BOUNDED),
+    )
+
+
+BOUNDED = {
+    "x_graphql_retry_max": 5,
+    "x_graphql_retry_wait_max_seconds": 5.0,
+    "x_file_stream_retry_max": 5,
+    "x_file_stream_retry_wait_max_seconds": 5.0,
+    "x_file_transfer_retry_max": 5,
+    "x_file_transfer_retry_wait_max_seconds": 5.0,
+}
+"""wandb retries for days by default, and holds the process at its end while it does."""
+
+REACH_SECONDS = 10.0
+
+
+def _reach() -> None:
+    """Raise where wandb's server does not answer: ``wandb.init`` itself would wait and retry."""
+    import requests
+    import wandb
+
+    address = wandb.setup().settings.base_url
+    requests.head(address, timeout=REACH_SECONDS)  # any answer will do
+
+
+def _kept_offline(error: Exception) -> None:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    log.warning(
+        "tracker.mode=online: wandb cannot be used (%s). The run is kept offline; `wandb sync` "
+        "sends it later",
+        reason[:200],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from morphoquant.config.schema import MediaConfig, ModelConfig, ScopeConfig
 from morphoquant.models.adapter import OmniAdapter, pick_device, pick_dtype
-from morphoquant.models.loading import ModelError
+from morphoquant.models.loading import ModelError, embedded_folder
 from morphoquant.models.media import MediaError, read_clip
 
 
@@ -235,3 +237,17 @@ def test_devices_and_dtypes() -> None:
         assert pick_device(config()) == cpu
         with pytest.raises(ModelError, match=r"model\.device=cpu"):
             pick_device(config(device="cuda"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    weights = embedded_folder("tiny_omni") / "model.safetensors"
+    for path in weights.parent.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    tensors = load_file(weights)
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][3, 5] = value
+    (tmp_path / weights.name).unlink()
+    save_file(tensors, tmp_path / weights.name, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 NaN or infinite values in \S*layers\.1\.mlp\.up_proj"):
+        OmniAdapter.load(ModelConfig(name="damaged", path=str(tmp_path)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ class Broken:
 
     def __getattr__(self, name: str) -> Any:
         raise ConnectionError("no route to host")
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a user was warned of (wandb itself logs its own progress too)."""
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def use(tracker: wandb_mirror.Tracker) -> None:
@@ -75,3 +82,51 @@ def test_offline_leaves_files_and_says_nothing(
     use(tracker)
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert "wandb" not in capfd.readouterr().err.lower()
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server that refuses connections: a port of this machine on which nobody listens."""
+    import wandb
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    wandb.teardown()  # settings are read once per process
+    yield
+    monkeypatch.undo()
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_server_out_of_reach_costs_one_warning_and_no_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_tracker(TrackerConfig(mode="online"), {"bits": 4}, "run", None, tmp_path)
+    assert isinstance(tracker, WandbTracker)
+    use(tracker)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    (said,) = warnings(caplog)
+    assert "kept offline" in said
+    assert "wandb sync" in said
+
+
+def test_a_server_that_refuses_is_one_warning_and_no_data_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    started = wandb.init
+
+    def refuse(**options: Any) -> Any:
+        if options["mode"] == "online":
+            raise wandb.errors.UsageError("No API key configured. Use `wandb login`")
+        return started(**options)
+
+    monkeypatch.setattr(wandb_mirror, "_reach", lambda: None)
+    monkeypatch.setattr(wandb, "init", refuse)
+    use(open_tracker(TrackerConfig(mode="online"), {}, "run", None, tmp_path))
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    (said,) = warnings(caplog)
+    assert "No API key" in said
