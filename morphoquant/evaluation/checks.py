@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphoquant.evaluation import tasks as registry
@@ -215,11 +217,31 @@ def _check_air_bench(row: Row) -> None:
 
 def _check_video(row: Row, data: LocalData) -> None:
     name = row["videoID"]
-    if find_video(data.videos, name) is None:
+    found = find_video(data.videos, name)
+    if found is None:
         suffixes = ", ".join(VIDEO_SUFFIXES)
         raise _Bad(
             "videoID", f"no file for {name!r}", f"{data.videos / name} with one of {suffixes}"
         )
+    state = found.stat()
+    problem = _clip_problem(found, state.st_size, state.st_mtime_ns)
+    if problem is not None:
+        raise _Bad("videoID", f"no clip in {found} ({problem})", "a file with a video stream")
+
+
+@cache
+def _clip_problem(path: Path, size: int, changed: int) -> str | None:
+    """Why a clip cannot be opened; None where its header is in order. Decodes nothing.
+
+    Remembered for the state of the file: several questions share a clip, and jobs share clips.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return None if container.streams.video else "it has no video stream"
+    except av.error.FFmpegError as error:
+        return str(error).split(":", 1)[0]
 
 
 _ROW_CHECKS: dict[str, Callable[[Row], None]] = {

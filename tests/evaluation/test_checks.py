@@ -163,8 +163,26 @@ def test_other_endings_of_clips_are_found(
     where = edited("videomme", put(videoID="other"))
     (where / "videos").unlink()
     shutil.copytree(root / "videos", where / "videos")
-    (where / "videos" / "other.mkv").write_bytes(b"x")
+    clip = next((where / "videos").glob("*.mp4"))
+    shutil.copy(clip, where / "videos" / "other.mkv")
     check(config(where, "mini_videomme"), paths)
+
+
+@pytest.mark.parametrize(("kept", "words"), [(0, "Invalid data"), (200, "Invalid data")])
+def test_clips_that_cannot_be_opened_are_named(
+    root: Path, edited: Edited, paths: PathsConfig, kept: int, words: str
+) -> None:
+    """An mp4 that was cut off has lost its index, which stands at its end."""
+    where = edited("videomme", put(videoID="torn"), row=3)
+    (where / "videos").unlink()
+    shutil.copytree(root / "videos", where / "videos")
+    whole = next((where / "videos").glob("*.mp4")).read_bytes()
+    torn = where / "videos" / "torn.mp4"
+    torn.write_bytes(whole[:kept])
+    with pytest.raises(DataError, match=r"row 3, column 'videoID'") as caught:
+        check(config(where, "mini_videomme"), paths)
+    assert str(torn) in str(caught.value)
+    assert words in str(caught.value)
 
 
 def test_question_ids_honour_the_limit(root: Path, paths: PathsConfig) -> None:
