@@ -88,7 +88,7 @@ class Gathered:
     @property
     def moments_by_kind(self) -> dict[str, torch.Tensor]:
         """[channels, channels] of every kind of token that gets a branch and occurred."""
-        return {name: found.value() for name, found in self.by_kind.items()}
+        return {n: self.by_kind[n].value() for n in self.kinds if n in self.by_kind}
 
     @property
     def tokens(self) -> torch.Tensor | None:

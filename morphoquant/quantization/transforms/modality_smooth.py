@@ -68,8 +68,8 @@ class ModalitySmoothSettings:
     groups: tuple[str, ...] = ("attn_in", "mlp_in")
     skip_grouped_attn_out: bool = True
     joint_vision: bool = True
-    steps: int = 50
-    learning_rate: float = 0.02
+    steps: int = 25
+    learning_rate: float = 0.05
     tokens: int = 256
     quantize_activations: bool = True
 
