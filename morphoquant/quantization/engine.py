@@ -143,9 +143,10 @@ class BlockQuantizer:
     def needs_labels(self) -> bool:
         """Whether the quantized model must know the modality of the tokens it is given."""
         by_range = self.is_static and self.method.activation.granularity == "per_modality"
-        biased = self.biases and self.method.compensation.per_modality
-        smoothed = self.method.transform.name == "modality_smooth"
-        return by_range or biased or smoothed or needs_moments_by_kind(self.method, self.bits)
+        if self.method.transform.name == "modality_smooth":
+            return True
+        by_branch = self.biases or needs_moments_by_kind(self.method, self.bits)
+        return by_range or (by_branch and self.method.compensation.per_modality)
 
     @property
     def manifest(self) -> Manifest:
@@ -353,8 +354,8 @@ class BlockQuantizer:
                 record = records[f"{at.block.name}.{name}"]
                 record.weight = rounded.description
                 if scale is not None:
-                    own = scale.storage_bits(original, len(group.linears))
-                    record.weight["effective_bits"] += own
+                    stored = scale.storage_bits(original, len(group.linears))
+                    record.weight["effective_bits"] += stored
                 if rounded.branch is not None:
                     record.compensation = describe_branch(rounded.branch)
 
