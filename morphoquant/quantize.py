@@ -69,8 +69,10 @@ def transform(
     adapter.untie_head()
     groups = batches(calibration.samples, config.calibration.batch_size)
     encoded = [adapter.encode([s.messages for s in group]) for group in groups]
-    steps = settings.steps if settings.name == "spin" else 1
-    with progress(f"Transforming: {settings.name}", steps, unit="steps") as step:
+    steps = {"spin": settings.steps, "modality_smooth": len(adapter.blocks("decoder"))}
+    with progress(
+        f"Transforming: {settings.name}", steps.get(settings.name, 1), unit="steps"
+    ) as step:
         given = TransformInput(
             adapter, config.method, config.bits, encoded, calibration.samples, step
         )

@@ -117,9 +117,12 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
     """Each slot in a few words, for tables and footnotes."""
     transform, weight = method.transform, method.weight
     activation, compensation = method.activation, method.compensation
-    parts = [p for p in ("r1", "r2", "r4") if getattr(transform, p)]
+    rotates = transform.name in ("rotate", "spin")
+    parts = [p for p in ("r1", "r2", "r4") if rotates and getattr(transform, p)]
     described = {
-        "transform": "none" if transform.name == "none" else f"{transform.name} {'+'.join(parts)}",
+        "transform": "none"
+        if transform.name == "none"
+        else f"{transform.name} {'+'.join(parts)}".strip(),
         "weight": "none",
         "activation": "none",
         "compensation": "none",
@@ -150,7 +153,10 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
     elif compensation.name == "low_rank":
         fitted = ", whitened" if compensation.whitened else ""
         order = f"{compensation.order} rounding"
-        described["compensation"] = f"rank {compensation.rank} {order}{fitted}"
+        share = compensation.rank_share
+        rank = f"rank {compensation.rank}" if share is None else f"rank {share:.0%} of the weight's"
+        per = " per modality" if compensation.per_modality else ""
+        described["compensation"] = f"{rank}{per} {order}{fitted}"
     elif compensation.name != "none":
         per = " per modality" if compensation.per_modality else ""
         described["compensation"] = f"{compensation.name}{per}"

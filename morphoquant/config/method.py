@@ -14,9 +14,9 @@ Rule = Literal["local", "global", "top_share"]
 class TransformConfig(Strict):
     """Slot 1: how the network is rewritten first, with its function unchanged."""
 
-    name: Literal["none", "rotate", "spin", "smooth"] = "none"
+    name: Literal["none", "rotate", "spin", "smooth", "modality_smooth"] = "none"
     """``spin`` rotates with learned R1 and R2, ``smooth`` moves scales from activations into
-    weights (SmoothQuant, AWQ, MBQ)."""
+    weights (SmoothQuant, AWQ, MBQ), ``modality_smooth`` learned ones for every kind of token."""
     # --- rotate, spin
     r1: bool = True
     """Of the residual stream."""
@@ -29,11 +29,11 @@ class TransformConfig(Strict):
     block_diagonal: bool = False
     """Where a width has no known Hadamard matrix, use blocks of the largest power of two."""
     seed: Annotated[int, Field(ge=0)] = 0
-    # --- spin
+    # --- spin, modality_smooth
     steps: Annotated[int, Field(ge=0)] = 100
     learning_rate: Annotated[float, Field(gt=0.0)] = 1.5
     batch_size: PositiveInt = 8
-    # --- smooth
+    # --- smooth, modality_smooth
     formula: Literal["smoothquant", "awq"] = "smoothquant"
     """max|X|^alpha / max|W|^(1-alpha), or the normalised mean|X|^alpha."""
     alpha: Share = 0.5
@@ -49,6 +49,11 @@ class TransformConfig(Strict):
     """Input groups that are smoothed; through norms, v and up."""
     grouped_attn_out: bool = False
     """Smooth ``attn_out`` under grouped-query attention too: query heads share their scales."""
+    # --- modality_smooth
+    joint_vision: bool = True
+    """Pictures and clips share scales (as published), or each have their own."""
+    tokens: PositiveInt = 256
+    """Calibration tokens of every kind that scales are learned from."""
     tolerance: Annotated[float, Field(gt=0.0)] = 1e-4
     """Largest relative change of the unquantized logits (fp32) that is still 'unchanged'."""
 
@@ -179,16 +184,27 @@ class CompensationConfig(Strict):
     gate: Annotated[float, Field(ge=0.0)] = 1.0
     """Element reading: an element bypasses when |x| > gate * range edge (SPEC 2.4, gamma)."""
     per_modality: bool = False
-    """Static bias: one vector for every modality, or one for all tokens (SPEC 2.5)."""
+    """Static bias: one vector for every modality, or one for all tokens (SPEC 2.5). Low rank: one
+    branch for every kind of token but text, beside one weight (SPEC 4.13)."""
     outlier_bits: Literal[8, 16] = 8
     """Mixed precision: width of masked channels, in activations and weights (Atom: 8)."""
     rank: PositiveInt = 32
     """Low rank: of the 16-bit branch beside every quantized linear."""
+    rank_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Low rank: the rank as a share of the weight's smaller side, or null to take ``rank``."""
     order: Literal["before", "after"] = "after"
     """Low rank: taken out of the weight before it is rounded (SVDQuant), or fitted to what
     rounding lost."""
     whitened: bool = False
     """Low rank: least error of the outputs on calibration data, instead of the weight's own."""
+    groups: tuple[Literal["attn_in", "attn_out", "mlp_in", "mlp_out"], ...] = Field(
+        default=("attn_in", "attn_out", "mlp_in", "mlp_out"), strict=False
+    )
+    """Low rank: input groups of the decoder whose linears get a branch."""
+    joint_vision: bool = True
+    """Low rank per modality: pictures and clips share a branch (as published)."""
+    text_branch: bool = False
+    """Low rank per modality: a branch for text too, which MASQuant does without."""
     mask: MaskConfig = MaskConfig()
 
 

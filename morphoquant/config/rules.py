@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from morphoquant.config.messages import ConfigError
 from morphoquant.config.method import FIXED_WIDTH
+from morphoquant.config.rules_modality import by_modality
 from morphoquant.config.schema import RunConfig
 
 
@@ -21,6 +22,7 @@ def check(cfg: RunConfig) -> None:
         *_activation(cfg),
         *_search(cfg),
         *_compensation(cfg),
+        *by_modality(cfg),
         *_model(cfg),
         *_data(cfg),
     ]

@@ -20,6 +20,7 @@ from morphoquant.config.schema import CompensationConfig
 from morphoquant.models.structure import MODALITIES
 from morphoquant.quantization.low_rank import LowRank
 from morphoquant.quantization.mixed import HigherPrecision
+from morphoquant.quantization.modality import ModalityBranches
 
 Returned = tuple[torch.Tensor, torch.Tensor | int]
 """(x_tilde [..., channels], number of elements that bypassed the grid)."""
@@ -179,16 +180,24 @@ def describe_compensation(
     return described
 
 
-def describe_branch(branch: LowRank) -> dict[str, Any]:
-    """What the low-rank branch of one linear costs, for the manifest."""
-    outputs, channels = branch.up.shape[0], branch.down.shape[1]
+def describe_branch(branch: LowRank | ModalityBranches) -> dict[str, Any]:
+    """What the low-rank branch of one linear costs, for the manifest.
+
+    Of several branches a token goes through one at most, but all of them are stored.
+    """
+    kinds = branch.names if isinstance(branch, ModalityBranches) else ()
+    one = branch.branch(kinds[0]) if isinstance(branch, ModalityBranches) else branch
+    outputs, channels = one.up.shape[0], one.down.shape[1]
     extra = branch.flops_per_token()
-    return {
+    described: dict[str, Any] = {
         "name": "low_rank",
         "rank": branch.rank,
         "masked_channels": 0,
         "channels": channels,
         "extra_flops_per_token": extra,
         "extra_flops_share": extra / (2 * channels * outputs),
-        "stored_numbers": branch.rank * (outputs + channels),
+        "stored_numbers": max(len(kinds), 1) * branch.rank * (outputs + channels),
     }
+    if kinds:
+        described |= {"per_modality": True, "branches": list(kinds)}
+    return described

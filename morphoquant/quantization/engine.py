@@ -46,8 +46,11 @@ from morphoquant.quantization.masks import ScoreMoments, group_mask
 from morphoquant.quantization.mdqfo import Search
 from morphoquant.quantization.measure import ErrorMeter
 from morphoquant.quantization.mixed import ExcludingQuantizer
+from morphoquant.quantization.modality import ModalityScale
 from morphoquant.quantization.rounding import (
     GroupData,
+    method_of,
+    needs_moments_by_kind,
     round_weight,
     rounds_late,
 )
@@ -140,7 +143,10 @@ class BlockQuantizer:
     def needs_labels(self) -> bool:
         """Whether the quantized model must know the modality of the tokens it is given."""
         by_range = self.is_static and self.method.activation.granularity == "per_modality"
-        return by_range or (self.biases and self.method.compensation.per_modality)
+        if self.method.transform.name == "modality_smooth":
+            return True
+        by_branch = self.biases or needs_moments_by_kind(self.method, self.bits)
+        return by_range or (by_branch and self.method.compensation.per_modality)
 
     @property
     def manifest(self) -> Manifest:
@@ -325,29 +331,39 @@ class BlockQuantizer:
         records = {r.name: r for r in self.records}
         for group in at.block.groups:
             choice = self.choices.get((at.block.name, group.name))
-            gathered = self._gather(at, group, prompts)
+            method = method_of(self.method, at.block.tower, group.name)
+            gathered = self._gather(at, group, prompts, method)
+            online = at.sources[group.name].online
+            scale = online if isinstance(online, ModalityScale) else None
             data = GroupData(
                 mask=self.masks.get((at.block.name, group.name)),
                 grid=choice.final.grid(self.bits.activation) if choice and self.folds else None,
                 second_moment=gathered.second_moment,
                 tokens=gathered.tokens,
+                moments_by_kind=gathered.moments_by_kind,
+                scale=scale,
             )
             for name in group.linears:
                 module = at.block.linear(name)
                 assert isinstance(module, QuantizedLinear)
                 original = plain(originals[name]).weight
-                rounded = round_weight(original, self.method, self.bits, data, name)
+                rounded = round_weight(original, method, self.bits, data, name)
                 module.weight.data = rounded.weight
                 if rounded.branch is not None:
                     module.set_branch(rounded.branch)
                 record = records[f"{at.block.name}.{name}"]
                 record.weight = rounded.description
+                if scale is not None:
+                    stored = scale.storage_bits(original, len(group.linears))
+                    record.weight["effective_bits"] += stored
                 if rounded.branch is not None:
                     record.compensation = describe_branch(rounded.branch)
 
-    def _gather(self, at: Visit, group: InputGroup, prompts: list[Segment]) -> Gathered:
+    def _gather(
+        self, at: Visit, group: InputGroup, prompts: list[Segment], method: MethodConfig
+    ) -> Gathered:
         """What rounding wants to know of a group's input, behind groups rounded already."""
-        gathered = Gathered(self.method, self.bits, len(prompts))
+        gathered = Gathered(method, self.bits, len(prompts))
         if not gathered.wanted:
             return gathered
 
@@ -358,6 +374,7 @@ class BlockQuantizer:
         self._run(at, prompts, False, see)
         if gathered.empty:
             raise unreached(at.block, "whose weights are rounded by what they read")
+        gathered.check()
         return gathered
 
     def _enable(self, source: GroupInput, group: InputGroup, block: Block) -> None:

@@ -11,6 +11,7 @@ from morphoquant.quantization.activation import STORAGE_BITS
 from morphoquant.quantization.choose import GroupChoice
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.manifest import LinearRecord
+from morphoquant.quantization.modality import RescaledInputLinear
 
 NOTHING = {"format": "none", "bits": 16, "effective_bits": 16.0}
 
@@ -34,7 +35,10 @@ def install(
         source = sources[group.name] = GroupInput(len(group.linears), online)
         source.labels = labels
         for name in group.linears:
-            linear = plain(block.linear(name))
+            original = block.linear(name)
+            if labels is not None and isinstance(original, RescaledInputLinear):
+                original.labels = labels
+            linear = plain(original)
             block.replace(name, QuantizedLinear(linear.weight.detach(), linear.bias, source))
             records.append(
                 LinearRecord(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from morphoquant.models.structure import TokenLabels
 from morphoquant.quantization.low_rank import LowRank
+from morphoquant.quantization.modality import ModalityBranches, ModalityScale
 
 Show = Callable[[torch.Tensor], None]
 
@@ -27,12 +28,13 @@ class GroupInput(nn.Module):
     is done for the first and handed to the others; the result is dropped after the last.
 
     Attributes:
-        online: function-preserving rewrite of the input (an online rotation), or None.
+        online: function-preserving rewrite of the input (an online rotation, scales of every
+            modality), or None.
         quantizer: fake quantizer of the activation, or None to leave it bit for bit.
         compensation: ``(x, x_hat, labels) -> (x_tilde, bypassed)`` or None.
         labels: the modality of the tokens that go through, where that is known.
         keeps_input, input: whether the activation is kept as it was before its quantizer, for
-            branches in high precision that read it; the one of the last call.
+            branches in high precision that read it; the one of the last call, behind ``online``.
         tokens, elements, bypassed: what went through the quantizer since the last reset;
             ``bypassed`` counts elements that stayed in high precision.
     """
@@ -81,7 +83,7 @@ class GroupInput(nn.Module):
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         if self.online is not None:
-            x = self.online(x)
+            x = self._rewritten(x)
         if self.keeps_input:
             self.input = x
         if self.observer is not None:
@@ -98,14 +100,26 @@ class GroupInput(nn.Module):
         self._bypassed = self._bypassed + bypassed
         return result
 
-    def _labels(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _rewritten(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.online is not None
+        if isinstance(self.online, ModalityScale):
+            return self.online(x, self.labels_of(x))
+        found: torch.Tensor = self.online(x)
+        return found
+
+    def undone(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """``x`` [..., channels] without the scales of its tokens' modalities ``labels`` [...]."""
+        return self.online.undo(x, labels) if isinstance(self.online, ModalityScale) else x
+
+    def labels_of(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The modality of the rows of ``x`` [..., channels], where that is known."""
         return None if self.labels is None else self.labels.matching(x)
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """x_hat [..., channels] on the quantizer's grid; counts nothing."""
         if self.quantizer is None:
             return x
-        found: torch.Tensor = self.quantizer(x, self._labels(x))
+        found: torch.Tensor = self.quantizer(x, self.labels_of(x))
         return found
 
     def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +128,7 @@ class GroupInput(nn.Module):
             edge = torch.full((1,), torch.inf, device=x.device)
             return -edge, edge
         bounds: Any = self.quantizer.bounds
-        found: tuple[torch.Tensor, torch.Tensor] = bounds(x, self._labels(x))
+        found: tuple[torch.Tensor, torch.Tensor] = bounds(x, self.labels_of(x))
         return found
 
     def compensate(
@@ -124,7 +138,7 @@ class GroupInput(nn.Module):
         if self.compensation is None:
             return rounded, 0
         found: tuple[torch.Tensor, torch.Tensor | int] = self.compensation(
-            x, rounded, self._labels(x)
+            x, rounded, self.labels_of(x)
         )
         return found
 
@@ -137,6 +151,8 @@ class QuantizedLinear(nn.Module):
         bias: [out] or None, never quantized.
         branch_up, branch_down: [out, rank] and [rank, in] of a branch in high precision that reads
             the activation before its quantizer, or None.
+        branches: one such branch for every kind of token, or None. They make up for scales that
+            a kind does not share with the weight; without them those scales are undone.
         calls: forward calls since the last reset.
     """
 
@@ -149,6 +165,7 @@ class QuantizedLinear(nn.Module):
         self.branch_down: torch.Tensor | None
         self.register_buffer("branch_up", None)
         self.register_buffer("branch_down", None)
+        self.branches: ModalityBranches | None = None
         self.calls = 0
 
     @property
@@ -161,21 +178,40 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        out = F.linear(self.source(x), self.weight, self.bias)
-        if self.branch_up is None:
+        value = self.source(x)
+        labels = self.source.labels_of(x)
+        out = self.product(value, labels, self.bias)
+        if self.branch_up is None and self.branches is None:
             return out
         assert self.source.input is not None
-        return out + self.branch(self.source.input)
+        return out + self.branch(self.source.input, labels)
 
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """What the branch adds: [..., in] -> [..., out]; zero without one."""
+    def product(
+        self,
+        value: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x_tilde [..., in], labels [...] -> what the stored weight makes of it, [..., out]."""
+        if self.branches is None:
+            value = self.source.undone(value, labels)
+        return F.linear(value, self.weight, bias)
+
+    def branch(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """What the branch adds: [..., in], labels [...] -> [..., out]; zero without one."""
+        if self.branches is not None:
+            found: torch.Tensor = self.branches(x, labels)
+            return found
         if self.branch_up is None or self.branch_down is None:
             return x.new_zeros((*x.shape[:-1], self.out_features))
         return F.linear(F.linear(x, self.branch_down), self.branch_up)
 
-    def set_branch(self, branch: LowRank) -> None:
-        """Put a low-rank branch beside the weight."""
-        self.branch_up, self.branch_down = branch.up, branch.down
+    def set_branch(self, branch: LowRank | ModalityBranches) -> None:
+        """Put a low-rank branch beside the weight, or one for every kind of token."""
+        if isinstance(branch, ModalityBranches):
+            self.branches = branch
+        else:
+            self.branch_up, self.branch_down = branch.up, branch.down
         self.source.keeps_input = True
 
     @contextmanager

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from morphoquant.config.schema import CompensationConfig
+from morphoquant.models.structure import Tower
+
 DAMPING = 1e-4  # of the mean diagonal: keeps the second moment invertible
 
 
@@ -44,6 +47,26 @@ class LowRank:
     def flops_per_token(self) -> int:
         """Operations that the branch adds."""
         return 2 * self.rank * (self.up.shape[0] + self.down.shape[1])
+
+
+def has_branch(config: CompensationConfig, tower: Tower, group: str) -> bool:
+    """Whether the linears of an input group get a branch.
+
+    Branches per modality belong to the decoder: in a tower all tokens are of one modality, and
+    nothing is smoothed there.
+    """
+    if config.name != "low_rank":
+        return False
+    if tower != "decoder":
+        return not config.per_modality
+    return group in config.groups
+
+
+def rank_of(config: CompensationConfig, weight: torch.Tensor) -> int:
+    """The rank of the branch beside ``weight`` [out, in]: at least 1."""
+    if config.rank_share is None:
+        return config.rank
+    return max(1, round(config.rank_share * min(weight.shape)))
 
 
 def truncated(matrix: torch.Tensor, rank: int) -> LowRank:

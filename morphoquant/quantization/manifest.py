@@ -15,6 +15,7 @@ from morphoquant.config.schema import BitsConfig, MethodConfig
 from morphoquant.errors import HarnessError
 from morphoquant.models.structure import Block
 from morphoquant.quantization.linear import QuantizedLinear, plain
+from morphoquant.quantization.low_rank import has_branch
 
 
 class ManifestError(HarnessError):
@@ -173,7 +174,8 @@ def complete(
                     wrong.append(f"{full}: its activation quantizer never ran")
                 if wants_compensation and module.source.compensation is None:
                     wrong.append(f"{full}: no {method.compensation.name} compensation")
-                if wants_branch and module.branch_up is None:
+                wanted = wants_branch and has_branch(method.compensation, block.tower, group.name)
+                if wanted and module.branch_up is None and module.branches is None:
                     wrong.append(f"{full}: no low-rank branch")
                 if wants_weight and record.weight["bits"] >= 16:
                     wrong.append(f"{full}: weights stayed in {record.weight['bits']} bits")

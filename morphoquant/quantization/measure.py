@@ -128,9 +128,7 @@ class _GroupErrors:
         first = replaced[group.linears[0]]
         assert isinstance(first, QuantizedLinear)
         self.source: GroupInput = first.source
-        self.weights = [
-            (plain(originals[n]).weight, plain(replaced[n]).weight) for n in group.linears
-        ]
+        self.linears = [(plain(originals[n]).weight, plain(replaced[n])) for n in group.linears]
         self.sums = {name: torch.zeros(len(MODALITIES), dtype=torch.float64) for name in SUMS}
         self.channel_residual: torch.Tensor | None = None  # sums of x - x^ and of its square
 
@@ -164,9 +162,11 @@ class _GroupErrors:
         for i, search in enumerate(self.searches):
             if bool((slot == i).any()):
                 search.update(rows[slot == i], slot[slot == i])
-        for weight, quantized in self.weights:
-            exact, rough = F.linear(rows, weight), F.linear(rows, quantized)
-            final = F.linear(value, quantized)
+        for weight, linear in self.linears:
+            added = linear.branch(rows, slot)
+            exact = F.linear(source.undone(rows, slot), weight)
+            rough = linear.product(rows, slot) + added
+            final = linear.product(value, slot) + added
             self._add("output", slot, _energy(exact))
             self._add("output_error", slot, _energy(exact - final))
             self._add("output_activation", slot, _energy(rough - final))

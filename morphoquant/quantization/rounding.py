@@ -7,17 +7,26 @@ rounded weights. Two need the group's mask or ranges first and round *late*: fol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from morphoquant.config.schema import BitsConfig, MethodConfig
+from morphoquant.config.schema import BitsConfig, CompensationConfig, MethodConfig
+from morphoquant.models.structure import Tower
 from morphoquant.quantization import folding
 from morphoquant.quantization.awq_clip import awq_clip
 from morphoquant.quantization.gptq import gptq
-from morphoquant.quantization.low_rank import LowRank, truncated, whitened
+from morphoquant.quantization.low_rank import (
+    LowRank,
+    has_branch,
+    rank_of,
+    truncated,
+    whitened,
+)
 from morphoquant.quantization.mixed import mixed_weight
+from morphoquant.quantization.modality import ModalityBranches, ModalityScale
 from morphoquant.quantization.ranges import StaticGrid
 from morphoquant.quantization.weights import QuantizedWeight, describe_int, quantize_weight
 
@@ -32,12 +41,16 @@ class GroupData:
         second_moment: [channels, channels], sum of x x^T over calibration tokens (any scale), or
             None.
         tokens: [rows, channels], some calibration tokens, or None.
+        moments_by_kind: the second moment of every kind of token that gets a branch of its own.
+        scale: what divides the input by the scales of every kind, or None.
     """
 
     mask: torch.Tensor | None = None
     grid: StaticGrid | None = None
     second_moment: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+    moments_by_kind: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scale: ModalityScale | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class RoundedWeight:
 
     weight: torch.Tensor
     description: dict[str, Any]
-    branch: LowRank | None = None
+    branch: LowRank | ModalityBranches | None = None
 
 
 def rounds_late(method: MethodConfig, bits: BitsConfig) -> bool:
@@ -59,13 +72,28 @@ def rounds_late(method: MethodConfig, bits: BitsConfig) -> bool:
 def needs_second_moment(method: MethodConfig, bits: BitsConfig) -> bool:
     """Whether rounding looks at the activations' second moment."""
     compensation = method.compensation
-    by_branch = compensation.name == "low_rank" and compensation.whitened
+    one_branch = compensation.name == "low_rank" and not compensation.per_modality
+    by_branch = one_branch and compensation.whitened
     return bits.weight < 16 and (by_branch or method.weight.algorithm == "gptq")
+
+
+def needs_moments_by_kind(method: MethodConfig, bits: BitsConfig) -> bool:
+    """Whether branches of every kind of token look at the second moment of that kind."""
+    compensation = method.compensation
+    return bits.weight < 16 and compensation.name == "low_rank" and compensation.per_modality
 
 
 def needs_tokens(method: MethodConfig, bits: BitsConfig) -> bool:
     """Whether rounding looks at single tokens."""
     return bits.weight < 16 and method.weight.format == "int" and method.weight.clip == "awq"
+
+
+def method_of(method: MethodConfig, tower: Tower, group: str) -> MethodConfig:
+    """The method as it applies to an input group: without a branch where it gets none."""
+    compensation = method.compensation
+    if compensation.name != "low_rank" or has_branch(compensation, tower, group):
+        return method
+    return method.model_copy(update={"compensation": CompensationConfig()})
 
 
 def round_weight(
@@ -86,6 +114,8 @@ def round_weight(
     """
     weight = weight.detach()
     compensation = method.compensation
+    if needs_moments_by_kind(method, bits):
+        return _with_branches(weight, method, bits, data, name)
     if bits.weight < 16 and compensation.name == "low_rank":
         return _with_branch(weight, method, bits, data, name)
     if rounds_late(method, bits) and method.weight.fold:
@@ -138,12 +168,13 @@ def _with_branch(
 ) -> RoundedWeight:
     """SPEC 4.12: the branch first and the rest rounded, or rounded first and the loss fitted."""
     config = method.compensation
+    rank = rank_of(config, weight)
 
     def nearest(matrix: torch.Tensor) -> LowRank:
         if config.whitened:
             assert data.second_moment is not None
-            return whitened(matrix, data.second_moment, config.rank)
-        return truncated(matrix, config.rank)
+            return whitened(matrix, data.second_moment, rank)
+        return truncated(matrix, rank)
 
     if config.order == "before":
         branch = nearest(weight)
@@ -155,6 +186,31 @@ def _with_branch(
     description["effective_bits"] += branch.storage_bits()
     description["branch_rank"] = branch.rank
     return RoundedWeight(found.dequantized, description, branch)
+
+
+def _with_branches(
+    weight: torch.Tensor, method: MethodConfig, bits: BitsConfig, data: GroupData, name: str
+) -> RoundedWeight:
+    """SPEC 4.13: one weight, smoothed for text, and what every other kind of token misses in it.
+
+    ``weight`` is ``W S_t``. The branch of kind m is fitted to ``W S_m - Q(W S_t)``, which holds
+    both the difference of the scales and what rounding lost.
+    """
+    config = method.compensation
+    rank = rank_of(config, weight)
+    found = _on_grid(weight, method, bits, data, name)
+    branches = {}
+    for kind, moment in data.moments_by_kind.items():
+        ratio = None if data.scale is None else data.scale.ratio_of(kind)
+        own = weight if ratio is None else weight * ratio.to(weight.dtype)
+        left = own - found.dequantized
+        branches[kind] = whitened(left, moment, rank) if config.whitened else truncated(left, rank)
+    together = ModalityBranches(branches, config.joint_vision)
+    description = dict(found.description)
+    description["effective_bits"] += together.storage_bits()
+    description["branch_rank"] = together.rank
+    description["branches"] = list(together.names)
+    return RoundedWeight(found.dequantized, description, together)
 
 
 def _mixed(

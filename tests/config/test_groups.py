@@ -44,7 +44,7 @@ def test_every_method_at_every_width(
 ) -> None:
     width = bits.removeprefix("w").removesuffix("kv4").split("a")
     one_width = method in ("nf4", "mxfp4", "nvfp4", "hif4", "morphoquant_hif4")
-    nothing_rounded = method in ("awq", "mbq") and bits == "w16a16"
+    nothing_rounded = method in ("awq", "mbq", "masquant") and bits == "w16a16"
     unlearnable = method == "spinquant" and width[1] == "16"
     odd = any(w not in ("4", "16") for w in (width[:1] if method == "nf4" else width))
     if (one_width and odd) or nothing_rounded or unlearnable:
@@ -78,6 +78,8 @@ def test_every_slot_choice(composed: Callable[..., RunConfig], slot: str, choice
             base[-1] = "bits=w4a4"
     if choice == "percentile":
         base.append("method/activation=per_tensor_static")
+    if choice == "modality_smooth":
+        base.append("method/compensation=low_rank_per_modality")
     composed(*base, f"method/{slot}={choice}")
 
 

@@ -286,6 +286,7 @@ def test_one_reference_serves_every_calibration(configure: Callable[..., RunConf
         ("method=mquant", "bits=w4a8"),
         ("method=svdquant",),
         ("method=svdquant", "method/compensation=low_rank_whitened"),
+        ("method=masquant", "method.transform.steps=2"),
         ("method=atom",),
         ("method=hif4",),
         ("method=nvfp4",),

@@ -10,8 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from morphoquant.calibration.walk import walk
-from morphoquant.config.schema import BitsConfig, CompensationConfig, MaskConfig, MethodConfig
+from morphoquant.config.schema import (
+    BitsConfig,
+    CompensationConfig,
+    MaskConfig,
+    MethodConfig,
+    TransformConfig,
+)
 from morphoquant.models.structure import MODALITIES
+from morphoquant.quantization.activation import DynamicQuantizer
 from morphoquant.quantization.choose import make_search
 from morphoquant.quantization.engine import (
     PROBE,
@@ -21,6 +28,7 @@ from morphoquant.quantization.engine import (
     BlockQuantizer,
 )
 from morphoquant.quantization.measure import decibel
+from morphoquant.quantization.transforms import rotate
 
 W4A4 = BitsConfig(weight=4, activation=4)
 
@@ -189,6 +197,34 @@ def test_walk_leaves_the_model_as_without_probes(
     with_probes, _ = measured(methods["morphoquant"])
     without, _ = quantize("morphoquant", towers=["decoder"])
     assert torch.equal(with_probes.logits(probe), without.logits(probe))
+
+
+def test_a_rotated_input_is_measured_behind_its_rotation(
+    omni: Any, copied: Any, methods: Any, encode: Any
+) -> None:
+    """The quantizer of down_proj reads the rotated activation, and so does the meter."""
+    adapter, quantizer = copied(omni), BlockQuantizer(methods["rtn"], W4A4, observe=False)
+    rotate(adapter.residual_stream(), TransformConfig(r1=False, r2=False, r4=True))
+    turn = adapter.blocks("decoder")[0].linear("mlp.down_proj").transform
+    batch = encode("search", 2)[0]
+    sets = {STATISTICS: [batch], PROBE: [batch], PROBE_QUANTIZED: [batch]}
+    walk(adapter, ["decoder"], sets, quantizer, early=(PROBE,))
+    seen: list[torch.Tensor] = []
+    down = omni.blocks("decoder")[0].linear("mlp.down_proj")
+    hook = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    omni.logits(batch)
+    hook.remove()
+    text = omni.modality_map(batch) == int(MODALITIES[0])
+    x = turn(seen[0])[text].double()
+    lost = x - DynamicQuantizer(4, True, 1.0, None)(x)
+    (row,) = (
+        r
+        for r in quantizer.meter.errors
+        if r["layer"].endswith(".0") and r["group"] == "mlp_out" and r["modality"] == "text"
+    )
+    expected = 10 * math.log10(float(x.square().sum() / lost.square().sum()))
+    assert row["activation_sqnr_db"] == pytest.approx(expected, abs=0.05)
+    assert row["output_sqnr_weight_db"] > 10, "against the rotated weight"
 
 
 def test_decibel() -> None:

@@ -92,11 +92,35 @@ def _smooth(given: TransformInput) -> TransformReport:
     )
 
 
+def _modality_smooth(given: TransformInput) -> TransformReport:
+    from morphoquant.quantization.transforms.modality_smooth import (
+        ModalitySmoothSettings,
+        modality_smooth,
+    )
+
+    config, activation = given.method.transform, given.method.activation
+    settings = ModalitySmoothSettings(
+        formula=config.formula,
+        alpha=config.alpha,
+        groups=config.groups,
+        skip_grouped_attn_out=not config.grouped_attn_out,
+        joint_vision=config.joint_vision,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        tokens=config.tokens,
+        quantize_activations=activation.format != "none" and given.bits.activation < 16,
+    )
+    return modality_smooth(
+        given.adapter, given.batches, settings, given.method.weight, given.bits, given.progress
+    )
+
+
 TRANSFORMS: dict[str, Callable[[TransformInput], TransformReport | None]] = {
     "none": _none,
     "rotate": _rotate,
     "spin": _spin,
     "smooth": _smooth,
+    "modality_smooth": _modality_smooth,
 }
 
 

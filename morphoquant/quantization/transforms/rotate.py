@@ -16,7 +16,8 @@ Arithmetic is float64, rounded once to the parameter's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,15 @@ class RotatedInputLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         return self.linear(self.transform(x))
+
+    @contextmanager
+    def observe_input(self, show: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Show the activation behind the rotation, which is what a quantizer will read."""
+        handle = self.register_forward_pre_hook(lambda _m, args: show(self.transform(args[0])))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class _ResidualRotation:

@@ -49,6 +49,7 @@ from morphoquant.quantization.transforms.scales import (
 from morphoquant.quantization.transforms.smooth_search import Losses, rounded, search_losses
 from morphoquant.quantization.transforms.smooth_settings import (
     GROUPS,
+    Formula,
     GroupSmoothing,
     LayerBalance,
     SmoothReport,
@@ -134,14 +135,38 @@ def group_scales(
         activation = torch.stack([magnitude(p) for p in statistics.present.values()]).mean(0)
     else:
         activation = magnitude(statistics.pooled())
+    return scales_from(layer, group, activation, settings.formula, settings.exponents, heads)
+
+
+def scales_from(
+    layer: DecoderLayer,
+    group: str,
+    activation: torch.Tensor,
+    formula: Formula,
+    exponents: Sequence[float],
+    heads: Heads,
+) -> list[torch.Tensor]:
+    """The formula at every exponent.
+
+    Args:
+        layer: unsmoothed.
+        group: name of the input group.
+        activation: largest (``smoothquant``) or mean (``awq``) magnitude of every channel [in].
+        formula, exponents: see :class:`SmoothSettings`.
+        heads: layout of the attention's channels.
+
+    Returns:
+        see :func:`group_scales`.
+    """
+    absolute = formula == "smoothquant"
     largest = largest_weights(readers(layer)[group])
     if group == "attn_out":
         shared = heads.split(activation)
         activation = (shared.amax(1) if absolute else shared.mean(1)).reshape(-1)
         largest = heads.split(largest).amax(1).reshape(-1)
     if absolute:
-        return [smoothquant_scale(activation, largest, a) for a in settings.exponents]
-    return [awq_scale(activation, a) for a in settings.exponents]
+        return [smoothquant_scale(activation, largest, a) for a in exponents]
+    return [awq_scale(activation, a) for a in exponents]
 
 
 def _token_weights(group: str, balance: LayerBalance | None) -> torch.Tensor | None:
