@@ -55,9 +55,18 @@ def test_e2m1_codes_enumerate() -> None:
     assert e2m1_codes(SIGNED_LEVELS).tolist() == list(range(16))
 
 
-@pytest.mark.parametrize("exponent", [-127, -126, -30, 0, 17, 125])
-def test_all_codes_on_all_kinds_of_scale(exponent: int) -> None:
-    """Q1, Q3: a block of all levels is reproduced; float64, for it holds 6 * 2^127 as well."""
+def test_all_codes_on_all_scales() -> None:
+    """Q1, Q3: all 16 codes on all 255 values of E8M0; float64, for it holds 6 * 2^127 as well."""
+    scales = torch.exp2(torch.arange(-127, 128).double())
+    x = scales.unsqueeze(1) * SIGNED_LEVELS.double().repeat(2)
+    found = quantize_mxfp4(x)
+    assert torch.equal(found.scales.squeeze(1).double(), scales)
+    assert torch.equal(found.dequantized, x)
+    assert found.codes.tolist() == [2 * list(range(16))] * 255
+
+
+@pytest.mark.parametrize("exponent", [-126, -30, 0, 17, 125])
+def test_all_codes_in_float32(exponent: int) -> None:
     x = SIGNED_LEVELS.double().repeat(2) * 2.0**exponent
     found = quantize_mxfp4(x)
     assert found.scales.tolist() == [2.0**exponent]
