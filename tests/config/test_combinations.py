@@ -47,19 +47,27 @@ def trees() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def choices() -> dict[str, dict[str, Any]]:
-    """What every file of a slot says, by slot and choice; a composed slot is its whole content."""
+    """What every file of a slot says, by slot and choice.
+
+    Slots do not look at each other, so one composition shows a choice of every slot at once. A
+    range is composed by itself: activations come with one.
+    """
     register()
-    found: dict[str, dict[str, Any]] = {}
+    files = {s: sorted(p.stem for p in (CONF / "method" / s).glob("*.yaml")) for s in SLOTS}
+    found: dict[str, dict[str, Any]] = {slot: {} for slot in SLOTS}
+    rounds = []
+    for i in range(max(map(len, files.values()))):
+        rounds.append({slot: files[slot][i] for slot in SLOTS if i < len(files[slot])})
+        if "activation/range" in rounds[-1]:
+            rounds.append({"activation/range": rounds[-1].pop("activation/range")})
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for slot in SLOTS:
-            for file in sorted((CONF / "method" / slot).glob("*.yaml")):
-                composed = compose(
-                    "config", overrides=["method=fp16", f"method/{slot}={file.stem}"]
-                )
-                tree = {"method": OmegaConf.to_container(composed["method"], resolve=False)}
-                # Seeds are interpolated from the run's.
+        for chosen in rounds:
+            overrides = [f"method/{slot}={choice}" for slot, choice in chosen.items()]
+            composed = compose("config", overrides=["method=rtn", *overrides])
+            tree = {"method": OmegaConf.to_container(composed["method"], resolve=False)}
+            for slot, choice in chosen.items():
                 parent, key = node(slot, tree)
-                found.setdefault(slot, {})[file.stem] = seeded(parent[key])
+                found[slot][choice] = seeded(parent[key])  # seeds are interpolated from the run's
     return found
 
 

@@ -100,7 +100,8 @@ def test_fast_equals_rows_of_the_dense(n: int) -> None:
     column, row = torch.arange(n), rows.unsqueeze(1)
     common = (row % power) & (column % power)
     ones = sum((common >> bit) & 1 for bit in range(power.bit_length()))
-    expected = base[row // power, column // power] * (1 - 2 * (ones % 2)) / math.sqrt(n)
+    signs = base[row // power, column // power] * (1 - 2 * (ones % 2))
+    expected = signs.double() / math.sqrt(n)
     units = torch.zeros(len(rows), n, dtype=torch.float64)
     units[torch.arange(len(rows)), rows] = 1
     torch.testing.assert_close(HadamardTransform(n)(units), expected, rtol=0, atol=1e-14)
