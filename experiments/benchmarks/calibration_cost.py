@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import argparse
 import resource
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.benchmarks.blocks import (
+    SHAPES,
+    embedded_model,
+    fastest,
+    linears,
+    one_block_model,
+)
 from morphoquant.calibration.samples import batches, load_samples
 from morphoquant.calibration.walk import Segment, run_block, walk
-from morphoquant.compat import prepare_torchvision
 from morphoquant.config.schema import (
     ActivationConfig,
     BitsConfig,
@@ -30,11 +34,10 @@ from morphoquant.config.schema import (
     CalibrationSource,
     CompensationConfig,
     MethodConfig,
-    ModelConfig,
     RangeConfig,
     WeightConfig,
 )
-from morphoquant.models.qwen_omni import DECODER_GROUPS
+from morphoquant.models.qwen_omni import text_model
 from morphoquant.models.structure import Block, Modality
 from morphoquant.quantization.engine import (
     PROBE,
@@ -70,17 +73,6 @@ def morphoquant(chunk_mb: int) -> MethodConfig:
     )
 
 
-def fastest(work: Callable[[], Any], prepare: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of some calls; ``prepare`` runs before each, untimed."""
-    best = float("inf")
-    for _ in range(repeats):
-        prepare()
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def peak_mb() -> float:
     """The process's largest resident size so far, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -89,16 +81,14 @@ def peak_mb() -> float:
 def embedded(repeats: int, chunk_mb: int, cache: Path) -> None:
     """The shipped model and its calibration data."""
     from morphoquant.embedded.benchmarks import build
-    from morphoquant.models.adapter import OmniAdapter
 
-    config = ModelConfig(name="tiny_omni", path="embedded:tiny_omni", dtype="float64", threads=1)
     calibration = load_samples(
         CalibrationConfig(
             name="mini", sources=tuple(CalibrationSource(reader=r, path=p) for r, p in SOURCES)
         ),
         build(cache / "mini"),
     )
-    adapter = OmniAdapter.load(config)
+    adapter = embedded_model()
 
     def encoded(samples: Any) -> list[Any]:
         return [adapter.encode([s.messages for s in group]) for group in batches(samples, 8)]
@@ -107,7 +97,7 @@ def embedded(repeats: int, chunk_mb: int, cache: Path) -> None:
     plain = fastest(
         lambda: [adapter.logits(b) for group in sets.values() for b in group], lambda: None, repeats
     )
-    originals = {b.name: _linears(b) for b in _all(adapter)}
+    originals = {b.name: linears(b) for b in _all(adapter)}
 
     def restore() -> None:
         for block in _all(adapter):
@@ -115,9 +105,9 @@ def embedded(repeats: int, chunk_mb: int, cache: Path) -> None:
                 block.replace(name, module)
 
     method = morphoquant(chunk_mb)
-    linears = [m for modules in originals.values() for m in modules.values()]
+    modules = [m for found in originals.values() for m in found.values()]
     weights = fastest(
-        lambda: [quantize_weight(m.weight, method.weight, 4) for m in linears],
+        lambda: [quantize_weight(m.weight, method.weight, 4) for m in modules],
         lambda: None,
         repeats,
     )
@@ -147,33 +137,12 @@ def _all(adapter: Any) -> tuple[Block, ...]:
     return found
 
 
-def _linears(block: Block) -> dict[str, Any]:
-    return {name: block.linear(name) for group in block.groups for name in group.linears}
-
-
 def block_3b(repeats: int, chunk_mb: int, tokens: int) -> None:
     """One decoder block of Qwen2.5-Omni-3B's shapes, random weights, float32."""
-    prepare_torchvision()
-    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniTextConfig
-    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
-        Qwen2_5OmniDecoderLayer,
-        Qwen2_5OmniRotaryEmbedding,
-    )
-
-    torch.manual_seed(0)
-    config = Qwen2_5OmniTextConfig(
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=1,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    )
-    config._attn_implementation = "sdpa"
-    layer = Qwen2_5OmniDecoderLayer(config, 0).eval().requires_grad_(False)
-    rotary = Qwen2_5OmniRotaryEmbedding(config)
-    block = Block("layers.0", "decoder", layer, DECODER_GROUPS)
-    originals = _linears(block)
+    adapter = one_block_model(SHAPES["3b"])
+    block = _all(adapter)[0]
+    rotary = text_model(adapter.model).rotary_emb
+    originals = linears(block)
     length = 256
 
     def segments(count: int) -> list[Segment]:

@@ -14,56 +14,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 
 import torch
 
-from morphoquant.compat import prepare_torchvision
+from experiments.benchmarks.rivals import Rounded, activations, their_gptq
 from morphoquant.formats.weights import fake_quantize_weight
 from morphoquant.quantization.gptq import Hessian, gptq
-
-Rounded = Callable[[], torch.Tensor]
-
-
-def activations(tokens: int, channels: int, draw: torch.Generator) -> torch.Tensor:
-    """[tokens, channels], float32: 64 shared directions, noise, every 200th channel 30 times."""
-    shared = torch.randn(64, channels, generator=draw) / 8
-    x = torch.randn(tokens, 64, generator=draw) @ shared
-    x += torch.randn(tokens, channels, generator=draw) / 2
-    x[:, ::200] *= 30
-    return x
-
-
-def reference(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, symmetric: bool, group: int | None
-) -> Rounded | None:
-    """llm-compressor's GPTQ with its own scales, or None where it is not installed."""
-    prepare_torchvision()
-    try:
-        from compressed_tensors.quantization import QuantizationArgs
-        from compressed_tensors.quantization.utils import calculate_qparams
-        from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-    except ImportError:
-        return None
-    arguments = QuantizationArgs(
-        num_bits=bits,
-        symmetric=symmetric,
-        strategy="channel" if group is None else "group",
-        group_size=group,
-    )
-
-    def run() -> torch.Tensor:
-        parts = weight.reshape(len(weight), -1, group or weight.shape[1])
-        scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), arguments)
-        found, _, fallback = quantize_weight(  # it works in place
-            weight[None].clone(), hessian[None].clone(), scale[None], zero[None], None, arguments
-        )
-        if fallback.any():
-            raise RuntimeError("llm-compressor fell back to rounding to nearest")
-        rounded: torch.Tensor = found[0]
-        return rounded
-
-    return run
 
 
 def main() -> None:
@@ -122,7 +78,7 @@ def main() -> None:
         "gptq": rounded(static_groups=True),
         "gptq, refreshed groups": None if group is None else rounded(),
         "gptq, act order": rounded(act_order=True),
-        "llm-compressor": reference(weight, hessian, chosen.bits, symmetric, group),
+        "llm-compressor": their_gptq(weight, hessian, chosen.bits, symmetric, group),
     }
     plain = error(nearest())
     kind = "symmetric" if symmetric else "asymmetric"

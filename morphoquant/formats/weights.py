@@ -22,7 +22,7 @@ Clip = Literal["minmax", "mse"]
 
 SEARCH_STEPS = 80  # ranges 1.00, 0.99, ..., 0.21 of the full one
 SEARCH_POWER = 2.4
-SEARCH_CHUNK = 1 << 18  # elements searched at a time: bounds the memory, and stays in the cache
+SEARCH_CHUNK = 1 << 18  # elements worked on at a time: bounds the memory, and stays in the cache
 
 
 @dataclass(frozen=True)
@@ -99,26 +99,50 @@ def fake_quantize_weight(
         raise ValueError(f"expected a weight [out, in], got shape {tuple(weight.shape)}")
     grid = Grid(bits, "restricted" if symmetric else "asymmetric")
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    codes, values, scales, zeros = [], [], [], []
-    for part in slices(weight, granularity, group_size):
-        bounds = torch.aminmax(part, dim=-1, keepdim=True)
-        lo, hi = bounds.min.to(work), bounds.max.to(work)
-        if clip == "mse":
-            lo, hi = _searched(part, lo, hi, grid)
-        scale, zero_point = scale_from_range(lo, hi, grid)
-        found = quantize_codes(part, scale, zero_point, grid)
-        shape = weight.shape if granularity == "per_tensor" else (weight.shape[0], -1)
-        codes.append(found.reshape(shape))
-        values.append(dequantize(found, scale, zero_point).to(weight.dtype).reshape(shape))
-        scales.append(scale.squeeze(-1))
-        if zero_point is not None:
-            zeros.append(zero_point.squeeze(-1))
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
+    values = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    scales, zeros = [], []
+    views = (slices(each, granularity, group_size) for each in (weight, codes, values))
+    for parts in zip(*views, strict=True):
+        found = [
+            _round_rows(*pieces, grid, work, clip)
+            for pieces in zip(*(part.split(_rows(parts[0])) for part in parts), strict=True)
+        ]
+        scales.append(torch.cat([scale for scale, _ in found]))
+        zeros += [torch.cat([z for _, z in found if z is not None])] if not grid.symmetric else []
     return QuantizedWeight(
-        dequantized=torch.cat(values, dim=-1),
-        codes=torch.cat(codes, dim=-1),
+        dequantized=values,
+        codes=codes,
         scale=torch.cat(scales, dim=-1),
         zero_point=torch.cat(zeros, dim=-1) if zeros else None,
     )
+
+
+def _rows(part: torch.Tensor) -> int:
+    """Rows of [rows, ..., width] worked on at a time: on a CPU as many as the cache holds."""
+    if part.device.type != "cpu":
+        return len(part)
+    return max(1, SEARCH_CHUNK * len(part) // max(part.numel(), 1))
+
+
+def _round_rows(
+    part: torch.Tensor,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    grid: Grid,
+    work: torch.dtype,
+    clip: Clip,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Round slices [..., width] into ``codes`` and ``values``; their scales and zero points."""
+    bounds = torch.aminmax(part, dim=-1, keepdim=True)
+    lo, hi = bounds.min.to(work), bounds.max.to(work)
+    if clip == "mse":
+        lo, hi = _searched(part, lo, hi, grid)
+    scale, zero_point = scale_from_range(lo, hi, grid)
+    found = quantize_codes(part, scale, zero_point, grid)
+    codes.copy_(found)
+    values.copy_(dequantize(found, scale, zero_point))
+    return scale.squeeze(-1), None if zero_point is None else zero_point.squeeze(-1)
 
 
 def int_storage_bits(

@@ -23,6 +23,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from morphoquant.errors import HarnessError
 from morphoquant.quantization.galois import prime_power, quadratic_character
 
 # First rows of four symmetric circulants A, B, C, D of order 43 with A^2 + B^2 + C^2 + D^2 = 172 I.
@@ -35,6 +36,10 @@ WILLIAMSON_43 = (
 )
 LARGEST_BASE = 512  # a base is a dense factor of the transform; beyond this it is no longer fast
 LARGEST_FACTOR = 128  # per power-of-two factor: two products of 128 beat one of 16384
+
+
+class HadamardError(HarnessError, ValueError):
+    """A width for which no Hadamard matrix is known."""
 
 
 def _circulant(row: torch.Tensor) -> torch.Tensor:
@@ -107,7 +112,8 @@ def factor(n: int) -> tuple[torch.Tensor, int]:
         k: the power of two with m * k = n.
 
     Raises:
-        ValueError: no construction covers n.
+        HadamardError: no construction covers n.
+        ValueError: n is not positive.
     """
     if n < 1:
         raise ValueError(f"a Hadamard matrix has a positive order, got {n}")
@@ -119,9 +125,9 @@ def factor(n: int) -> tuple[torch.Tensor, int]:
         if base is not None:
             return base, power // twos
         twos *= 2
-    raise ValueError(
-        f"no Hadamard matrix of order {n} = {odd} * {power} is known here; "
-        f"block_diagonal=True rotates blocks of {power} instead"
+    raise HadamardError(
+        f"no Hadamard matrix of order {n} = {odd} * {power} is known here. Set method/transform="
+        f"rotate_block (block_diagonal=true): it rotates blocks of {power} instead"
     )
 
 
@@ -129,7 +135,7 @@ def hadamard(n: int) -> torch.Tensor:
     """A Hadamard matrix: float64 [n, n] of +-1 with ``H H^T = n I``. Not always symmetric.
 
     Raises:
-        ValueError: no construction covers n.
+        HadamardError: no construction covers n.
     """
     base, power = factor(n)
     return torch.kron(base, _sylvester(power)).to(torch.float64)

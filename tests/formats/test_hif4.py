@@ -99,6 +99,25 @@ def test_all_codes_on_all_micro_exponents(exponent: int) -> None:
     assert torch.equal(found.dequantized, x)
 
 
+def test_all_codes_on_all_scales() -> None:
+    """Q1, Q3: all 16 codes on all 255 values of E6M2.
+
+    With a largest value of 7 F in every group of four all micro exponents are set, whatever the
+    reciprocal in bfloat16 is off.
+    """
+    rest = [code for code in range(16) if code != 7]
+    codes = [code for k in range(0, 15, 3) for code in (7, *rest[k : k + 3])] * 3
+    codes += [7, 15, 0, 8]
+    scales = torch.tensor(E6M2_VALUES, dtype=torch.float64)
+    x = scales.unsqueeze(1) * (4 * SIGNED_QUARTERS.double()[codes])
+    found = quantize_hif4(x)
+    assert torch.equal(found.scales.squeeze(1).double(), scales)
+    assert bool(found.exponents8.all())
+    assert bool(found.exponents4.all())
+    assert found.codes.tolist() == [codes] * 255
+    assert torch.equal(found.dequantized, x)
+
+
 def test_saturation() -> None:
     x = torch.tensor([1e9, -1e9, 1.0])
     assert fake_quantize_hif4(x).tolist() == [7 * E6M2_MAX, -7 * E6M2_MAX, 0.0]

@@ -10,6 +10,7 @@ import torch
 from morphoquant.quantization.galois import prime_power, quadratic_character
 from morphoquant.quantization.hadamard import (
     WILLIAMSON_43,
+    HadamardError,
     HadamardTransform,
     factor,
     hadamard,
@@ -87,6 +88,29 @@ def test_fast_equals_dense(n: int) -> None:
     torch.testing.assert_close(transform.inverse(x), x @ dense.T, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("n", WIDTHS)
+def test_fast_equals_rows_of_the_dense(n: int) -> None:
+    """T4 where the dense matrix would not fit: signs of kron(base, Sylvester), entry by entry.
+
+    Sylvester's entry (i, j) is -1 to the number of ones that i and j have in common.
+    """
+    base, power = factor(n)
+    draw = torch.Generator().manual_seed(n)
+    rows = torch.tensor([0, n - 1, *torch.randint(n, (3,), generator=draw).tolist()])
+    column, row = torch.arange(n), rows.unsqueeze(1)
+    common = (row % power) & (column % power)
+    ones = sum((common >> bit) & 1 for bit in range(power.bit_length()))
+    signs = base[row // power, column // power] * (1 - 2 * (ones % 2))
+    expected = signs.double() / math.sqrt(n)
+    units = torch.zeros(len(rows), n, dtype=torch.float64)
+    units[torch.arange(len(rows)), rows] = 1
+    torch.testing.assert_close(HadamardTransform(n)(units), expected, rtol=0, atol=1e-14)
+    # The inverse multiplies by the transpose: its output at `rows` is the dot product with them.
+    x = torch.randn(n, dtype=torch.float64, generator=draw)
+    found = HadamardTransform(n).inverse(x)[rows]
+    torch.testing.assert_close(found, expected @ x, rtol=0, atol=1e-11)
+
+
 def test_forward_and_inverse_differ_where_the_matrix_is_not_symmetric() -> None:
     x = torch.eye(12, dtype=torch.float64)
     transform = HadamardTransform(12)
@@ -103,7 +127,7 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_unknown_order_is_refused_and_blocks_are_offered() -> None:
-    with pytest.raises(ValueError, match=r"3420.*block_diagonal=True"):
+    with pytest.raises(HadamardError, match=r"3420.*rotate_block"):
         HadamardTransform(3420)
     with pytest.raises(ValueError, match="positive order"):
         factor(0)

@@ -160,7 +160,8 @@ def rounded(
     try:
         for name, linear in originals.items():
             assert isinstance(linear, nn.Linear)
-            scaled = (linear.weight.detach().double() * scale).to(linear.weight.dtype)
+            wide = torch.promote_types(linear.weight.dtype, torch.float32)
+            scaled = (linear.weight.detach() * scale.to(wide)).to(linear.weight.dtype)
             found = quantize_weight(scaled, weight, bits.weight)
             block.replace(name, QuantizedLinear(found.dequantized, linear.bias, source))
         yield
