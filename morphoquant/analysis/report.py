@@ -119,11 +119,10 @@ def print_rich(frame: pd.DataFrame, notes: Sequence[str] = (), title: str = "") 
     """The table in the terminal."""
     from rich.console import Console
     from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 190))
     headers, rows = _cells(frame)
     shown = Table(title=title, title_justify="left")
     for header in headers:
@@ -131,6 +130,9 @@ def print_rich(frame: pd.DataFrame, notes: Sequence[str] = (), title: str = "") 
         shown.add_column(header, justify=side, overflow="fold")  # never cut a name
     for cells in rows:
         shown.add_row(*map(escape, cells))
+    if not console.is_terminal:  # a file has all the room that a table takes
+        natural = Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
+        console = Console(width=max(console.width, 190, natural))
     console.print(shown)
     for i, note in enumerate(notes, 1):
         console.print(f"{i}. {note}", highlight=False, markup=False)

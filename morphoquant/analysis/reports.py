@@ -40,6 +40,12 @@ def _ablation(notes: Notes, root: Path | None) -> Report:
     return ablation(notes, root)
 
 
+def _table1(notes: Notes, root: Path | None) -> Report:
+    from morphoquant.analysis.table1 import table1
+
+    return table1(notes, root)
+
+
 def _table3(notes: Notes, root: Path | None) -> Report:
     from morphoquant.analysis.published import table3
 
@@ -49,6 +55,7 @@ def _table3(notes: Notes, root: Path | None) -> Report:
 REPORTS: dict[str, Callable[[Notes, Path | None], Report]] = {
     "comparison": comparison,
     "ablation": _ablation,
+    "table1": _table1,
     "table3": _table3,
 }
 """One maker for every value of ``report`` in the config."""

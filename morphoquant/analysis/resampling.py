@@ -148,8 +148,10 @@ def questions_needed(
         own = sums.sum(axis=0) / n
         gap += own / len(strata)
         scale = total / (n * len(strata)) ** 2
-        null += scale * (sums**2).sum(axis=0)
-        alternative += scale * ((sums - own * stratum.counts[:, None]) ** 2).sum(axis=0)
+        # Of whole numbers: the same to the last bit in any order of runs.
+        squares, crossed = (sums**2).sum(axis=0), (sums * stratum.counts[:, None]).sum(axis=0)
+        null += scale * squares
+        alternative += scale * (squares - 2 * own * crossed + own**2 * (stratum.counts**2).sum())
     needed = np.full(len(first), np.inf)
     some = np.abs(gap) > 1e-12  # benchmarks that cancel leave 1e-17
     needed[some] = sizes.normal_sample_size_one_tail(
@@ -157,6 +159,6 @@ def questions_needed(
         power,
         level / 2,
         std_null=np.sqrt(null[some]),
-        std_alternative=np.sqrt(alternative[some]),
+        std_alternative=np.sqrt(np.maximum(alternative[some], 0.0)),
     )
     return needed

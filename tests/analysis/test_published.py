@@ -182,6 +182,21 @@ def test_measured_steps_come_with_their_noise(jobs: list[dict[str, str]]) -> Non
     assert "plus_dabc to full +5.0 (" in steps[1]
 
 
+def test_measured_steps_are_marked_published_ones_are_not(jobs: list[dict[str, str]]) -> None:
+    report = table3(jobs)
+    rows = report.frame.set_index("variant")
+    assert rows.loc["full", "verdict mmmu (measured, morphoquant)"] == "higher"
+    reference = "mmmu (measured, morphoquant_reference)"
+    assert rows.loc["plus_dabc", f"verdict {reference}"].startswith("higher, not after")
+    cells = report.cells.set_index("variant")
+    assert cells.loc["plus_dabc", reference] == "30.0 (+5.0 ≈)"
+    assert cells.loc["plus_dabc", "mmmu (arXiv v2)"] == "44.22 (+3.89)"
+    assert not [c for c in rows if c.startswith("verdict") and "arXiv" in c]
+    assert len(report.parts["pairs"].frame) == 15
+    (note,) = [n for n in report.notes if n.startswith("≈")]
+    assert "8 comparisons" in note  # two steps of two methods, one benchmark and its mean
+
+
 def test_what_differs_is_said(jobs: list[dict[str, str]]) -> None:
     notes = table3(jobs).notes
     text = " ".join(notes)
