@@ -187,7 +187,7 @@ def test_table3_shows_published_beside_measured(tmp_path: Path) -> None:
 
 
 def test_a_published_table_is_a_command_of_its_own(tmp_path: Path) -> None:
-    """``python -m experiments.table1`` is ``run.py experiment=table1``; finished runs are reused."""
+    """``python -m experiments.table1`` is ``run.py experiment=table1``."""
     rows = "row=w4a4_rtn_static,w8a8_morphoquant,w4a4_morphoquant"
     found = drive(tmp_path, rows, entry="experiments.table1")
     assert found.returncode == 0, found.stderr
