@@ -132,18 +132,17 @@ def _show(directories: list[str], config: RunConfig) -> None:
 def _finish(notes: list[dict[str, str]], config: RunConfig, sweep: Path) -> None:
     """The table that the sweep was made for: in the terminal, beside its notes, in the tracker."""
     from morphoquant.analysis.reports import make_report
-    from morphoquant.tracking.rundir import write_atomic
     from morphoquant.tracking.wandb_mirror import open_tracker
 
     report = make_report(config.report, notes, Path(config.paths.runs))
     report.show()
-    write_atomic(sweep / "table.csv", lambda p: report.frame.to_csv(p, index=False))
-    write_atomic(sweep / "table.md", lambda p: _write(p, report.markdown()))
-    print(f"Table: {sweep / 'table.md'} and table.csv")
+    for name, path in report.write(sweep).items():
+        print(f"{name.capitalize()}: {path} and {path.stem}.csv")
     tracker = open_tracker(
         config.tracker, {}, f"sweep-{sweep.name}", config.tracker.group or sweep.name, sweep
     )
-    tracker.table(config.report, report.frame)
+    for name, part in {config.report: report, **report.parts}.items():
+        tracker.table(name, part.frame)
     if config.report == "ablation":
         for path in _ablation_figure(report.frame, sweep):
             tracker.figure(path.stem, path)

@@ -76,13 +76,18 @@ fake.run, fake.run_path = run, path
 import morphoquant
 morphoquant.pipeline = sys.modules["morphoquant.pipeline"] = fake
 import runpy
-runpy.run_path(ROOT + "/run.py", run_name="__main__")
+if ENTRY.endswith(".py"):
+    runpy.run_path(ENTRY, run_name="__main__")
+else:
+    runpy.run_module(ENTRY, run_name="__main__")
 """
 
 
-def drive(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def drive(
+    folder: Path, *arguments: str, entry: str = str(ROOT / "run.py")
+) -> subprocess.CompletedProcess[str]:
     driver = folder / "driver.py"
-    driver.write_text(f"ROOT = {str(ROOT)!r}\n{DRIVER}")
+    driver.write_text(f"ENTRY = {entry!r}\n{DRIVER}")
     runs = folder / "runs"
     return subprocess.run(
         [sys.executable, str(driver), *arguments, f"paths.runs={runs}", "tracker=none"],
@@ -111,7 +116,8 @@ def test_a_sweep_goes_on_after_failures(tmp_path: Path) -> None:
     assert "no room for rtn" in text
     assert "CUDA out of memory" in text
     assert "+0.0" in text
-    assert table.with_name("table.csv").is_file()
+    for name in ("table.csv", "pairs.md", "pairs.csv", "cost.md", "cost.csv"):
+        assert table.with_name(name).is_file()
     assert "no room for rtn" in found.stderr
     assert found.stderr.count("Traceback") == 1  # of the unexpected one
 
@@ -178,3 +184,21 @@ def test_table3_shows_published_beside_measured(tmp_path: Path) -> None:
     for row in ("baseline", "plus_dabc", "full"):
         assert row in text
     assert "morphoquant_reference" in text
+
+
+def test_a_published_table_is_a_command_of_its_own(tmp_path: Path) -> None:
+    """``python -m experiments.table1`` is ``run.py experiment=table1``."""
+    rows = "row=w4a4_rtn_static,w8a8_morphoquant,w4a4_morphoquant"
+    found = drive(tmp_path, rows, entry="experiments.table1")
+    assert found.returncode == 0, found.stderr
+    (table,) = tmp_path.glob("runs/sweeps/*/table.md")
+    text = table.read_text()
+    rows_of = {tuple(cell.strip() for cell in line.split("|")[1:4]) for line in text.splitlines()}
+    assert ("w4a4", "morphoquant", "50.0 (+0.0 ≈)") in rows_of
+    assert ("w8a8", "morphoquant", "50.0 (+0.0 ≈)") in rows_of
+    for published in ("76.63", "45.11", "72.93", "42.44"):
+        assert published in text
+    assert table.with_name("pairs.csv").read_text().count("\n") == 1 + 6
+    refused = drive(tmp_path, "method=rtn", entry="experiments.table1")
+    assert refused.returncode == 2
+    assert "Table 1 has no such row" in refused.stderr

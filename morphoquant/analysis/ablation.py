@@ -8,25 +8,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from scipy import stats
 
-from morphoquant.analysis import table
-from morphoquant.analysis.paired import CONFIDENCE, RESAMPLES, PairedDifference, paired_difference
+from morphoquant.analysis import pairs, table
+from morphoquant.analysis.cells import compared, interval
+from morphoquant.analysis.cost import cost
+from morphoquant.analysis.paired import (
+    CONFIDENCE,
+    HIGHER,
+    LOWER,
+    NOTHING,
+    RESAMPLES,
+    UNCORRECTED,
+    UNKNOWN,
+    Difference,
+    PairedDifference,
+    paired_difference,
+    verdict,
+)
+from morphoquant.analysis.resampling import LEVEL
 from morphoquant.errors import HarnessError
+
+__all__ = ["HIGHER", "LOWER", "NOTHING", "UNCORRECTED", "UNKNOWN", "ablation", "interval"]
 
 GROUP = "ablation="
 BASE = "base"
-LEVEL = 0.05  # of the corrected test
 TITLE = "Ablation: accuracy in percent (difference to the base row in points)"
 
 IS_BASE, SAME_RUN = "base row", "same run as the base"
-NOTHING, UNKNOWN, UNCOMPARED = "no difference found", "interval unknown", "base failed"
-HIGHER, LOWER, UNCORRECTED = "higher", "lower", ", not after correction"
+UNCOMPARED = "base failed"
 
 
 @dataclass(frozen=True)
@@ -112,10 +127,11 @@ def ablation(
 
     Returns:
         The report. Its frame has one row per job, base first: ``factor``, ``choice``, ``setting``
-        where there are several; per benchmark its accuracy (percent) and ``Δ <benchmark>`` to the
-        base (points); ``mean``, ``Δ mean`` and its interval ``low``, ``high``; ``p`` (exact
-        McNemar over all questions) and ``p adjusted`` (Benjamini-Hochberg over all rows);
-        ``gained`` and ``lost`` questions; ``verdict``; effective ``A bits`` and ``W bits``.
+        where there are several; per benchmark its accuracy (percent) and its ``table.DETAILS``,
+        to the base, corrected over all rows and benchmarks; ``mean``, ``Δ mean`` and its interval
+        ``low``, ``high``; ``p`` (exact McNemar over all questions) and ``p adjusted``
+        (Benjamini-Hochberg over all rows); ``gained`` and ``lost`` questions; ``verdict``;
+        effective ``A bits`` and ``W bits``. Its parts are ``pairs`` and ``cost``.
 
     Raises:
         HarnessError: no base job; a directory without a finished run; rows that answered other
@@ -125,41 +141,50 @@ def ablation(
     settings = list(dict.fromkeys(job.setting for job in jobs))
     runs, references = load_jobs(jobs, root)
     benchmarks = list(dict.fromkeys(name for run in runs.values() for name in run["accuracy"]))
-    rows = []
+    bases = {runs[job.run]["fingerprint"] for job in jobs if job.choice == base and job.run}
+    once = {run["fingerprint"]: run for run in runs.values()}
+    found = pairs.compare_runs(
+        list(once.values()), bases, confidence=confidence, resamples=resamples
+    )
+    rows, tested = [], {}
     for setting in settings:
         group = [job for job in jobs if job.setting == setting]
         first = next((job for job in group if job.choice == base), None)
         if first is None:
             where = f" with {setting}" if setting else ""
             raise HarnessError(f"no job {GROUP}{base}{where}: nothing to compare the others with")
-        compared = runs[first.run] if first.run is not None else None
+        against = runs[first.run] if first.run is not None else None
         for job in [first, *(job for job in group if job is not first)]:
             run = runs[job.run] if job.run is not None else None
             difference = None
-            if run and compared and run["fingerprint"] != compared["fingerprint"]:
-                difference = paired_difference(
-                    run, compared, confidence=confidence, resamples=resamples
-                )
-            rows.append(_row(job, run, compared, difference, benchmarks, base))
-    frame = pd.DataFrame(rows)
+            if run and against and run["fingerprint"] != against["fingerprint"]:
+                pair = run["fingerprint"], against["fingerprint"]
+                # Not found: other questions. This says which.
+                difference = found.get(pair) or paired_difference(run, against)
+                tested[len(rows)] = difference
+            rows.append(_row(job, run, against, difference, benchmarks, base))
+    frame = _with_correction(pd.DataFrame(rows), tested, benchmarks)
     if len(settings) == 1:
         frame = frame.drop(columns="setting")
-    frame = _with_correction(frame)
     measured = list(runs.values())
     footnotes = [
-        *_how(frame, measured, base, confidence, resamples),
+        *_how(frame, measured, benchmarks, base, confidence, resamples),
         *table.unequal(measured),
         *table.caveats(measured),
         *_unquantized(references),
         *table.failure_notes([dict(note) for note in notes if "error" in note]),
     ]
-    return table.Report(TITLE, frame, cells(frame, confidence), footnotes)
+    shown = compared(frame, confidence)
+    shown["verdict mean"] = shown["verdict"].where(frame["p"].notna())
+    parts = {"pairs": pairs.report(measured, found), "cost": cost([*references, *measured])}
+    parts = {name: replace(part, printed=False) for name, part in parts.items()}
+    return table.Report(TITLE, frame, shown, footnotes, parts)
 
 
 def _row(
     job: Job,
     run: dict[str, Any] | None,
-    compared: dict[str, Any] | None,
+    against: dict[str, Any] | None,
     difference: PairedDifference | None,
     benchmarks: Sequence[str],
     base: str,
@@ -175,6 +200,8 @@ def _row(
         row[name] = run["accuracy"].get(name, {}).get("value", math.nan) if run else math.nan
         part = difference.benchmarks.get(name) if difference else None
         row[f"Δ {name}"] = part.delta if part else math.nan
+        row |= {f"{key} {name}": getattr(part, key, math.nan) for key in ("low", "high", "p")}
+        row |= {f"p adjusted {name}": math.nan, f"verdict {name}": None}
     row["mean"] = run["mean"] if run else math.nan
     row["Δ mean"] = found.delta if found else math.nan
     for key in ("low", "high", "p"):
@@ -182,54 +209,67 @@ def _row(
     row["p adjusted"] = math.nan
     for key in ("gained", "lost"):
         row[key] = getattr(found, key) if found else math.nan
-    row["verdict"] = _verdict(job, run, compared, difference, base)
+    row["verdict"] = _without_test(job, run, against, difference, base)
     row["A bits"] = run["bits"]["activation"] if run else math.nan
     row["W bits"] = run["bits"]["weight"] if run else math.nan
     return row
 
 
-def _verdict(
+def _without_test(
     job: Job,
     run: dict[str, Any] | None,
-    compared: dict[str, Any] | None,
+    against: dict[str, Any] | None,
     difference: PairedDifference | None,
     base: str,
-) -> str:
+) -> str | None:
+    """Why a row has no verdict on its difference; None where it gets one."""
     if run is None:
         reason = job.error.strip().splitlines()
         return f"failed: {reason[0] if reason else 'no reason given'}"
     if job.choice == base:
         return IS_BASE
-    if compared is None:
+    if against is None:
         return UNCOMPARED
-    if difference is None:
-        return SAME_RUN
-    found = difference.mean
-    if math.isnan(found.low):
-        return UNKNOWN
-    if not found.found:
-        return NOTHING
-    return HIGHER if found.delta > 0 else LOWER
+    return SAME_RUN if difference is None else None
 
 
-def _with_correction(frame: pd.DataFrame) -> pd.DataFrame:
-    """``p adjusted``; a difference that many comparisons explain loses its plain verdict.
+def _with_correction(
+    frame: pd.DataFrame, tested: Mapping[int, PairedDifference], benchmarks: Sequence[str]
+) -> pd.DataFrame:
+    """``p adjusted`` and the verdicts: of the rows' means, and of all rows and benchmarks.
 
     Benjamini and Hochberg (J. R. Stat. Soc. B 1995) bound the expected share of false differences
     among those found. Rows share their base, so their tests depend positively on each other, the
     case in which that procedure holds.
+
+    Args:
+        frame: the rows.
+        tested: place of a row -> its difference to the base.
+        benchmarks: all of them.
     """
-    tested = frame["p"].notna()
-    if tested.any():
-        frame.loc[tested, "p adjusted"] = stats.false_discovery_control(frame.loc[tested, "p"])
-    doubtful = frame["verdict"].isin([HIGHER, LOWER]) & ~(frame["p adjusted"] < LEVEL)
-    frame.loc[doubtful, "verdict"] += UNCORRECTED
+
+    def fill(parts: Mapping[tuple[int, str], Difference]) -> None:
+        adjusted = stats.false_discovery_control([p.p for p in parts.values()]) if parts else []
+        for ((row, suffix), part), p in zip(parts.items(), adjusted, strict=True):
+            frame.loc[row, f"p adjusted{suffix}"] = p
+            frame.loc[row, f"verdict{suffix}"] = verdict(part, p)
+
+    fill({(i, ""): found.mean for i, found in tested.items()})
+    fill(
+        {
+            (i, f" {name}"): found.benchmarks[name]
+            for i, found in tested.items()
+            for name in benchmarks
+            if name in found.benchmarks
+        }
+    )
     return frame
 
 
 def _how(
     frame: pd.DataFrame,
     runs: Sequence[dict[str, Any]],
+    benchmarks: Sequence[str],
     base: str,
     confidence: float,
     resamples: int,
@@ -254,6 +294,12 @@ def _how(
         f"after Benjamini-Hochberg over {tested} comparisons (false discovery rate), needed below "
         f"{LEVEL}."
     )
+    cells = int(frame[[f"p {name}" for name in benchmarks]].notna().sum().sum())
+    if cells:
+        notes.append(
+            f"{table.UNRESOLVED} marks a difference that is not resolved, by interval or corrected "
+            f"test; of single benchmarks after the same correction over their {cells} differences."
+        )
     return notes
 
 
@@ -264,30 +310,3 @@ def _unquantized(references: Sequence[dict[str, Any]]) -> list[str]:
         parts = ", ".join(f"{name} {a['value']:.1f}" for name, a in run["accuracy"].items())
         notes.append(f"The unquantized model: {run['mean']:.1f} ({parts}).")
     return notes
-
-
-def cells(frame: pd.DataFrame, confidence: float = CONFIDENCE) -> pd.DataFrame:
-    """The frame as it is shown: an interval, and gained and lost questions, in one cell each."""
-    shown = frame.drop(columns=["low", "high", "gained", "lost"])
-    shown["p"] = [_p(p) for p in frame["p"]]
-    shown["p adjusted"] = [_p(p) for p in frame["p adjusted"]]
-    intervals = [interval(low, high) for low, high in zip(frame["low"], frame["high"], strict=True)]
-    changed = [
-        f"+{int(gained)} / -{int(lost)}" if not math.isnan(gained) else "–"
-        for gained, lost in zip(frame["gained"], frame["lost"], strict=True)
-    ]
-    after = list(shown.columns).index("p")
-    shown.insert(after, f"{100 * confidence:g} % interval", intervals)
-    shown.insert(list(shown.columns).index("verdict"), "changed answers", changed)
-    return shown
-
-
-def interval(low: float, high: float) -> str:
-    """An interval in points, as text."""
-    return "–" if math.isnan(low) or math.isnan(high) else f"{low:+.1f} to {high:+.1f}"
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.3f}" if value >= 0.001 else "<0.001"

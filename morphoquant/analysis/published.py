@@ -16,9 +16,12 @@ from typing import Any
 
 import pandas as pd
 
-from morphoquant.analysis import table
-from morphoquant.analysis.ablation import Job, interval, load_jobs, read_jobs
-from morphoquant.analysis.paired import paired_difference
+from morphoquant.analysis import pairs, table
+from morphoquant.analysis.ablation import Job, load_jobs, read_jobs
+from morphoquant.analysis.cells import interval
+from morphoquant.analysis.cost import cost
+from morphoquant.analysis.paired import Difference, PairedDifference, holm, verdict
+from morphoquant.analysis.report import DETAILS, Report, mark
 from morphoquant.errors import HarnessError
 
 FOLDER = Path(__file__).parent / "published"
@@ -49,13 +52,6 @@ TITLE = (
     "Table 3: accuracy in percent, measured beside published (difference to the baseline in points)"
 )
 PROTOCOL = (
-    "Published baseline rows: the draft prints none; the arXiv version's equals the row that its "
-    "main table calls Q-VLM (73.85 / 40.33), not its naive W4A4 row (73.17 / 40.00). The measured "
-    "baseline has static ranges per channel, nothing searched, nothing compensated.",
-    "The step to plus_dabc adds two things at once, compensation and the search of the ranges.",
-    "The published sources disagree: W4A4 on ScienceQA is 72.93 in the draft, below the arXiv "
-    "version's naive W4A4 (73.17), and 76.63 on arXiv; MMMU is 42.44 and 45.11. The arXiv numbers "
-    "are second-hand; its abstract confirms 76.63 alone.",
     "Published runs calibrate anew for every benchmark, so every published column is another "
     "quantized model, and norm, gate and sample counts change with it; the measured columns of a "
     "method are one quantized model with one setting.",
@@ -63,13 +59,24 @@ PROTOCOL = (
     "(without their answers); ScienceQA calibrates on another split.",
     "Published scopes differ: the method leaves the audio tower in 16 bits, the simulated "
     "baselines quantize it and the speech generator too. Measured rows share one scope, unless a "
-    "note below says otherwise.",
+    "note says otherwise.",
+    "One binomial standard error of the published numbers is 0.7 points on ScienceQA (4,241 "
+    "questions) and 1.7 on MMMU (900): MMMU steps below 3 points are not significant there. Nobody "
+    "can pair published answers, so published differences come without a test.",
+)
+"""What differs from the published protocol, whatever the table (SPEC 2.9, 3.4)."""
+TABLE3 = (
+    "Published baseline rows: the draft prints none; the arXiv version's equals the row that its "
+    "main table calls Q-VLM (73.85 / 40.33), not its naive W4A4 row (73.17 / 40.00). The measured "
+    "baseline has static ranges per channel, nothing searched, nothing compensated.",
+    "The step to plus_dabc adds two things at once, compensation and the search of the ranges.",
+    "The published sources disagree: W4A4 on ScienceQA is 72.93 in the draft, below the arXiv "
+    "version's naive W4A4 (73.17), and 76.63 on arXiv; MMMU is 42.44 and 45.11. The arXiv numbers "
+    "are second-hand; its abstract confirms 76.63 alone.",
     "The public implementation's main settings leave the composite loss off, though the full row "
     "is named after it.",
-    "One binomial standard error of the published numbers is 0.7 points on ScienceQA (4,241 "
-    "questions) and 1.7 on MMMU (900): MMMU steps below 3 points are not significant there.",
 )
-"""What differs from the published protocol, and what is doubtful there (SPEC 2.7, 2.9, 3)."""
+"""What is doubtful in the published Table 3, and how it was made (SPEC 2.7, 3)."""
 
 
 def sources() -> pd.DataFrame:
@@ -136,7 +143,7 @@ def beside(measured: pd.DataFrame, published: pd.DataFrame, keys: Sequence[str])
     return found
 
 
-def table3(notes: Sequence[Mapping[str, str]], root: Path | None = None) -> table.Report:
+def table3(notes: Sequence[Mapping[str, str]], root: Path | None = None) -> Report:
     """The paper's Table 3, measured beside published.
 
     Args:
@@ -146,8 +153,9 @@ def table3(notes: Sequence[Mapping[str, str]], root: Path | None = None) -> tabl
     Returns:
         The report. Its frame has one row per variant (``baseline``, ``plus_dabc``, ``full``) and
         for every quantity one column per source: each method that was measured, the draft, arXiv
-        v2; ``Δ <column>`` is the difference to the baseline of the same column, in points. The
-        notes hold the measured steps with their intervals, and what differs in protocol.
+        v2; ``Δ <column>`` is the difference to the baseline of the same column, in points, and
+        measured ones have all ``DETAILS``. The notes hold the measured steps with their
+        intervals, and what differs in protocol. Its parts are ``pairs`` and ``cost``.
 
     Raises:
         HarnessError: a job of another kind; a run that is not finished.
@@ -157,6 +165,13 @@ def table3(notes: Sequence[Mapping[str, str]], root: Path | None = None) -> tabl
         if job.choice not in {f"{CHOICE}{variant}" for variant in VARIANTS}:
             raise HarnessError(f"ablation={job.choice} is no row of Table 3")
     runs, _ = load_jobs(jobs, root)
+    # Last what others are compared with: a pair is a run and one that stands behind it.
+    ordered = sorted(
+        (job for job in jobs if job.run is not None),
+        key=lambda job: -VARIANTS.index(job.choice.removeprefix(CHOICE)),
+    )
+    once = {runs[job.run]["fingerprint"]: runs[job.run] for job in ordered if job.run}
+    compared = pairs.compare_runs(list(once.values()))
     measured = _measured(jobs, runs)
     printed = published_table("table3")
     printed[SOURCE] = printed[SOURCE].map(sources()["label"])
@@ -166,16 +181,47 @@ def table3(notes: Sequence[Mapping[str, str]], root: Path | None = None) -> tabl
         if not column.startswith(BITS):
             baseline = frame.loc[first, column].iloc[0]
             frame[f"Δ {column}"] = (frame[column] - baseline).mask(first)
+    frame = _tested(frame, jobs, runs, compared)
     found = list(runs.values())
     footnotes = [
-        *_what_was_measured(found),
-        *_steps(jobs, runs),
+        *what_was_measured(found, SCHEME),
+        *_steps(jobs, runs, compared),
+        *table.resolution(frame, "a measured one, to the baseline of its column"),
+        *TABLE3,
         *PROTOCOL,
         *table.unequal(found),
         *table.caveats(found),
         *table.failure_notes([dict(note) for note in notes if "error" in note]),
     ]
-    return table.Report(TITLE, frame, _cells(frame), footnotes)
+    parts = {"pairs": pairs.report(list(once.values()), compared), "cost": cost(found)}
+    return Report(TITLE, frame, shown(frame, ["variant"]), footnotes, parts)
+
+
+def _tested(
+    frame: pd.DataFrame,
+    jobs: Sequence[Job],
+    runs: Mapping[Path, dict[str, Any]],
+    compared: Mapping[tuple[str, str], PairedDifference],
+) -> pd.DataFrame:
+    """Intervals, tests and verdicts of the measured differences to the baseline."""
+    found: dict[tuple[int, str], Difference] = {}
+    for job in jobs:
+        first = [j for j in jobs if (j.choice, j.setting) == (CHOICE + VARIANTS[0], job.setting)]
+        if job.run is None or not first or first[0].run is None:
+            continue
+        pair = compared.get((runs[job.run]["fingerprint"], runs[first[0].run]["fingerprint"]))
+        row = frame.index[frame["variant"] == job.choice.removeprefix(CHOICE)][0]
+        for name, part in ({**pair.benchmarks, "mean": pair.mean} if pair else {}).items():
+            found[row, f"{name} ({_label(job, runs[job.run])})"] = part
+    adjusted = holm(pd.Series([part.p for part in found.values()], dtype=float))
+    for ((row, column), part), p in zip(found.items(), adjusted, strict=True):
+        details = {"low": part.low, "high": part.high, "p": part.p, "p adjusted": p}
+        for detail, value in (details | {"verdict": verdict(part, p)}).items():
+            name = f"{detail} {column}"
+            if name not in frame:
+                frame[name] = None if detail == "verdict" else math.nan
+            frame.loc[row, name] = value
+    return frame
 
 
 def _label(job: Job, run: Mapping[str, Any]) -> str:
@@ -196,12 +242,20 @@ def _measured(jobs: Sequence[Job], runs: Mapping[Path, dict[str, Any]]) -> pd.Da
     return pd.DataFrame(rows, columns=None if rows else ["variant", SOURCE])
 
 
-def _what_was_measured(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The largest difference first: another model, other questions, other calibration."""
+def what_was_measured(
+    runs: Sequence[Mapping[str, Any]], scheme: str = "", model: str = MODEL
+) -> list[str]:
+    """The largest difference first: another model, other questions, other calibration.
+
+    Args:
+        runs: that were measured.
+        scheme: of all published numbers; empty where rows differ in it.
+        model: that was published.
+    """
     notes = []
-    for described in dict.fromkeys(_description(run) for run in runs):
-        notes.append(f"Measured: {described}. Published: {MODEL} {SCHEME}.")
-    others = sorted({str(run["model"]) for run in runs} - {MODEL})
+    for described in dict.fromkeys(_description(run, bool(scheme)) for run in runs):
+        notes.append(f"Measured: {described}. Published: {f'{model} {scheme}'.strip()}.")
+    others = sorted({str(run["model"]) for run in runs} - {model})
     if others:
         notes.append(
             f"{', '.join(others)} is not the published model: compare the directions of the steps, "
@@ -210,18 +264,23 @@ def _what_was_measured(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _description(run: Mapping[str, Any]) -> str:
+def _description(run: Mapping[str, Any], with_scheme: bool) -> str:
     calibration = run["calibration"]
     sizes = ", ".join(f"{name} {found['n']}" for name, found in run["accuracy"].items())
     leaked = calibration["leaked"]
     overlap = f"{leaked} of them evaluated too" if leaked else "none of them evaluated"
+    name = f"{run['model']} {run['scheme']}" if with_scheme else run["model"]
     return (
-        f"{run['model']} {run['scheme']}, {' and '.join(run['scope']['towers'])} quantized, "
+        f"{name}, {' and '.join(run['scope']['towers'])} quantized, "
         f"questions {sizes}, {calibration['samples']} calibration samples ({overlap})"
     )
 
 
-def _steps(jobs: Sequence[Job], runs: Mapping[Path, dict[str, Any]]) -> list[str]:
+def _steps(
+    jobs: Sequence[Job],
+    runs: Mapping[Path, dict[str, Any]],
+    compared: Mapping[tuple[str, str], PairedDifference],
+) -> list[str]:
     """What every step of the measured table changed, question by question."""
     notes = []
     for setting in dict.fromkeys(job.setting for job in jobs):
@@ -232,7 +291,10 @@ def _steps(jobs: Sequence[Job], runs: Mapping[Path, dict[str, Any]]) -> list[str
         }
         steps = []
         for base, then in itertools.combinations([v for v in VARIANTS if v in done], 2):
-            found = paired_difference(done[then], done[base]).mean
+            pair = compared.get((done[then]["fingerprint"], done[base]["fingerprint"]))
+            if pair is None:  # one run serves both, or they answered other questions
+                continue
+            found = pair.mean
             steps.append(
                 f"{base} to {then} {found.delta:+.1f} ({interval(found.low, found.high)}; "
                 f"p = {found.p:.2g}; +{found.gained} / -{found.lost} answers)"
@@ -246,22 +308,30 @@ def _steps(jobs: Sequence[Job], runs: Mapping[Path, dict[str, Any]]) -> list[str
     return notes
 
 
-def _cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame as it is shown; published numbers with their two printed digits."""
-    shown = pd.DataFrame({"variant": frame["variant"]})
-    for column in map(str, frame.columns.drop("variant")):
-        if column.startswith("Δ "):
+def shown(frame: pd.DataFrame, words: Sequence[str]) -> pd.DataFrame:
+    """The frame as it is shown; published numbers with their two printed digits.
+
+    Args:
+        frame: columns ``words``, numbers, and ``DETAILS`` of numbers.
+        words: columns of text.
+    """
+    found = frame[list(words)].copy()
+    details = {f"{detail} {column}" for column in frame for detail in DETAILS}
+    nothing = pd.Series(math.nan, frame.index)
+    for column in map(str, frame.columns.drop(list(words))):
+        if column in details:
             continue
-        digits = 1 if f"({MEASURED}, " in column and not column.startswith(BITS) else 2
-        changes = frame.get(f"Δ {column}", pd.Series(math.nan, frame.index))
-        shown[column] = [
-            _cell(value, change, digits)
-            for value, change in zip(frame[column], changes, strict=True)
+        digits = 1 if f"({MEASURED}" in column and "bits" not in column else 2
+        changes = frame.get(f"Δ {column}", nothing)
+        verdicts = frame.get(f"verdict {column}", nothing)
+        found[column] = [
+            _cell(*cell, digits) for cell in zip(frame[column], changes, verdicts, strict=True)
         ]
-    return shown
+    return found
 
 
-def _cell(value: float, change: float, digits: int) -> str:
+def _cell(value: float, change: float, said: Any, digits: int) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value:.{digits}f}" + ("" if math.isnan(change) else f" ({change:+.{digits}f})")
+    told = "" if math.isnan(change) else f" ({change:+.{digits}f}{mark(said)})"
+    return f"{value:.{digits}f}{told}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from morphoquant.analysis import table
+from morphoquant.analysis import pairs, table
+from morphoquant.analysis.cost import cost
 from morphoquant.analysis.table import Report
 
 Notes = Sequence[Mapping[str, str]]
@@ -13,7 +14,7 @@ Notes = Sequence[Mapping[str, str]]
 
 
 def comparison(notes: Notes, root: Path | None = None) -> Report:
-    """Every run of a sweep beside the unquantized model.
+    """Every run of a sweep beside the unquantized model, and beside every other.
 
     Args:
         notes: of the jobs.
@@ -25,15 +26,24 @@ def comparison(notes: Notes, root: Path | None = None) -> Report:
     found = list(dict.fromkeys(note["run"] for note in notes if "run" in note))
     failed = [dict(note) for note in notes if "error" in note]
     runs = table.load_runs([Path(d) for d in found], root)
-    frame = table.with_failures(table.comparison(runs), failed)
-    footnotes = table.footnotes(runs) + table.failure_notes(failed)
-    return Report(table.TITLE, frame, frame, footnotes)
+    compared = pairs.compare_runs(runs)
+    frame = table.comparison(runs, compared)
+    footnotes = table.footnotes(runs, frame) + table.failure_notes(failed)
+    frame = table.with_failures(frame, failed)
+    parts = {"pairs": pairs.report(runs, compared), "cost": cost(runs)}
+    return Report(table.TITLE, frame, frame, footnotes, parts)
 
 
 def _ablation(notes: Notes, root: Path | None) -> Report:
     from morphoquant.analysis.ablation import ablation
 
     return ablation(notes, root)
+
+
+def _table1(notes: Notes, root: Path | None) -> Report:
+    from morphoquant.analysis.table1 import table1
+
+    return table1(notes, root)
 
 
 def _table3(notes: Notes, root: Path | None) -> Report:
@@ -45,6 +55,7 @@ def _table3(notes: Notes, root: Path | None) -> Report:
 REPORTS: dict[str, Callable[[Notes, Path | None], Report]] = {
     "comparison": comparison,
     "ablation": _ablation,
+    "table1": _table1,
     "table3": _table3,
 }
 """One maker for every value of ``report`` in the config."""

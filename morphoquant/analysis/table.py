@@ -1,21 +1,32 @@
 """The comparison table: accuracy beside the unquantized model's, in the same harness.
 
-Whatever differs between the rows, beyond what the methods are, becomes a footnote by itself.
+Whatever differs between the rows, beyond what the methods are, becomes a footnote by itself. Every
+difference is tested on the same questions, and one that is not resolved is marked as such. Nothing
+here depends on how long a run took or which came first: seconds have their own table (``cost``).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
+from morphoquant.analysis.paired import (
+    CONFIDENCE,
+    Difference,
+    PairedDifference,
+    holm,
+    verdict,
+)
+from morphoquant.analysis.report import DETAILS, UNRESOLVED, Report, print_rich, to_markdown
 from morphoquant.errors import HarnessError
 from morphoquant.tracking.rundir import IDENTITY, read_result
+
+__all__ = ["DETAILS", "Report", "comparison", "load_runs", "print_rich", "to_markdown"]
 
 SHARED = {
     "scope": lambda run: run["scope"]["hash"],
@@ -28,28 +39,9 @@ SHARED = {
 """What rows of one table must have in common, or be told apart by a footnote."""
 
 TITLE = "Accuracy in percent (difference to fp16 in points)"
-TEXT = ("method", "scheme", "factor", "choice", "setting", "variant", "verdict")
-"""Columns of words, shown left-aligned; all others are numbers."""
 
-
-@dataclass(frozen=True)
-class Report:
-    """A finished table: its numbers for whoever computes on, its cells for whoever reads."""
-
-    title: str
-    frame: pd.DataFrame
-    """Numbers as numbers, for CSV and figures."""
-    cells: pd.DataFrame
-    """The same rows as they are shown: rounded, an interval in one cell."""
-    notes: list[str]
-
-    def markdown(self) -> str:
-        """The table in GitHub's markdown, with its footnotes."""
-        return to_markdown(self.cells, self.notes)
-
-    def show(self) -> None:
-        """The table in the terminal."""
-        print_rich(self.cells, self.notes, self.title)
+Found = Mapping[tuple[str, str], PairedDifference]
+"""Fingerprints of a run and of what it is compared with -> their difference."""
 
 
 def load_runs(directories: Sequence[Path], root: Path | None = None) -> list[dict[str, Any]]:
@@ -70,7 +62,7 @@ def load_runs(directories: Sequence[Path], root: Path | None = None) -> list[dic
         wanted = result.get("reference")
         if wanted and wanted not in runs:
             beside = root if root is not None else Path(directory).parent
-            for candidate in beside.glob(f"*-{wanted[:10]}"):
+            for candidate in sorted(beside.glob(f"*-{wanted[:10]}")):
                 reference = read_result(candidate)
                 if reference is not None:
                     runs[wanted] = {**reference, "path": str(candidate)}
@@ -133,38 +125,65 @@ def _flat_config(run: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def comparison(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def comparison(runs: Sequence[dict[str, Any]], found: Found | None = None) -> pd.DataFrame:
     """One row per run.
 
-    Columns: ``method``, ``scheme``; per benchmark its accuracy (percent) and ``Δ <benchmark>``,
-    the difference to the run's own reference in points; ``mean`` and ``Δ mean`` over benchmarks;
-    effective ``W bits`` and ``A bits``; ``empty`` and ``unparsed`` answers; seconds.
+    Args:
+        runs: as ``load_runs`` returns them.
+        found: differences of runs to their references (``pairs.compare_runs``); what it does not
+            hold has neither interval nor test.
+
+    Returns:
+        Columns ``method``, ``scheme``; per benchmark and for their ``mean`` the accuracy (percent)
+        and its ``DETAILS``: ``Δ``, the difference to the run's own reference in points, its 95 %
+        interval ``low``, ``high``, ``p`` of the exact McNemar test, ``p adjusted`` (Holm, over all
+        differences of this table), ``verdict``; effective ``W bits`` and ``A bits``; ``empty`` and
+        ``unparsed`` answers.
     """
     by_fingerprint = {run["fingerprint"]: run for run in runs}
     labels = row_labels(runs)
-    rows = []
-    for run in runs:
+    names = [*_benchmarks(runs), "mean"]
+    rows: list[dict[str, Any]] = []
+    tested: dict[tuple[int, str], Difference] = {}
+    for i, run in enumerate(runs):
         reference = by_fingerprint.get(run.get("reference") or "")
+        pair = (found or {}).get((run["fingerprint"], run.get("reference") or ""))
         row: dict[str, Any] = {"method": labels[run["fingerprint"]], "scheme": run["scheme"]}
-        for name in _benchmarks(runs):
-            found = run["accuracy"].get(name)
-            row[name] = found["value"] if found else math.nan
-            base = reference["accuracy"].get(name) if reference else None
-            row[f"Δ {name}"] = found["value"] - base["value"] if found and base else math.nan
-        row["mean"] = run["mean"]
-        row["Δ mean"] = run["mean"] - reference["mean"] if reference else math.nan
+        for name in names:
+            value, base = (_accuracy(side, name) for side in (run, reference))
+            row |= {name: value, f"Δ {name}": value - base}
+            part = (pair.mean if name == "mean" else pair.benchmarks.get(name)) if pair else None
+            for detail in ("low", "high", "p"):
+                row[f"{detail} {name}"] = getattr(part, detail, math.nan)
+            row |= {f"p adjusted {name}": math.nan, f"verdict {name}": None}
+            if part:
+                tested[i, name] = part
         row["W bits"] = run["bits"]["weight"]
         row["A bits"] = run["bits"]["activation"]
-        row["empty"] = sum(found["empty"] for found in run["accuracy"].values())
-        row["unparsed"] = sum(found["unparsed"] for found in run["accuracy"].values())
-        row["quantize s"] = run["seconds"]["quantize"]
-        row["evaluate s"] = run["seconds"]["evaluate"]
+        row["empty"] = sum(answers["empty"] for answers in run["accuracy"].values())
+        row["unparsed"] = sum(answers["unparsed"] for answers in run["accuracy"].values())
         rows.append(row)
+    adjusted = holm(pd.Series([part.p for part in tested.values()], dtype=float))
+    for ((i, name), part), p in zip(tested.items(), adjusted, strict=True):
+        rows[i] |= {f"p adjusted {name}": p, f"verdict {name}": verdict(part, p)}
     return pd.DataFrame(rows)
 
 
-def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader has to know: what differs between the rows, and how large the noise is."""
+def _accuracy(run: Mapping[str, Any] | None, name: str) -> float:
+    if run is None:
+        return math.nan
+    return float(
+        run["mean"] if name == "mean" else run["accuracy"].get(name, {"value": math.nan})["value"]
+    )
+
+
+def footnotes(runs: Sequence[dict[str, Any]], frame: pd.DataFrame | None = None) -> list[str]:
+    """What a reader has to know: what differs between the rows, and how differences were tested.
+
+    Args:
+        runs: of the table.
+        frame: the table, where it holds tested differences.
+    """
     notes = unequal(runs)
     sizes = {name: run["accuracy"][name]["n"] for run in runs for name in run["accuracy"]}
     smallest = min(sizes.values(), default=0)
@@ -172,13 +191,33 @@ def footnotes(runs: Sequence[dict[str, Any]]) -> list[str]:
         worst = 100 * math.sqrt(0.25 / smallest)
         counted = ", ".join(f"{name} {n}" for name, n in sizes.items())
         notes.append(
-            f"Questions: {counted}. One binomial standard error is up to {worst:.1f} points at "
-            f"n = {smallest}: smaller differences mean nothing without a paired test."
+            f"Questions: {counted}. One binomial standard error of an accuracy by itself is up to "
+            f"{worst:.1f} points at n = {smallest}; differences are those of the same questions, "
+            f"which have less noise."
         )
-    notes += caveats(runs)
-    if any(run["method"] != "fp16" for run in runs):
-        notes.append("Simulated (fake) quantization: the seconds are not a speed of low precision.")
-    return notes
+    if frame is not None:
+        notes += resolution(frame, "the number in parentheses, to fp16")
+    return notes + caveats(runs)
+
+
+def resolution(frame: pd.DataFrame, what: str, correction: str = "Holm's") -> list[str]:
+    """What the mark says; nothing where nothing was tested.
+
+    Args:
+        frame: its ``p adjusted <column>`` say how many tests there were.
+        what: the difference that is meant.
+        correction: the name of the correction, in the genitive.
+    """
+    columns = [c for c in frame if str(c).startswith("p adjusted")]
+    tests = int(frame[columns].notna().sum().sum())
+    if not tests:
+        return []
+    return [
+        f"{UNRESOLVED}: the difference ({what}) is not resolved: its {100 * CONFIDENCE:g} % "
+        f"bootstrap interval covers zero, or its exact McNemar test does not stand after "
+        f"{correction} correction for the {tests} comparisons of this table. That is not to say "
+        f"that there is none. Intervals and p values: the CSV file."
+    ]
 
 
 def unequal(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -242,60 +281,3 @@ def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, str]]) -> pd.D
 def failure_notes(failed: Sequence[dict[str, str]]) -> list[str]:
     """Why each failed job failed, on one line each."""
     return [f"Failed: {note['overrides']}: {' '.join(note['error'].split())}" for note in failed]
-
-
-def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Headers and formatted cells; a difference stands in its accuracy's cell."""
-    shown = [c for c in frame.columns if not c.startswith("Δ ")]
-    rows = []
-    for _, row in frame.iterrows():
-        cells = []
-        for column in shown:
-            value = row[column]
-            difference = row.get(f"Δ {column}")
-            if isinstance(value, str):
-                text = value
-            elif pd.isna(value):
-                text = "–"
-            elif column in ("empty", "unparsed"):
-                text = f"{int(value)}"
-            elif column.endswith("bits"):
-                text = f"{value:.2f}"
-            else:
-                text = f"{value:.1f}"
-                if difference is not None and not pd.isna(difference):
-                    text += f" ({difference:+.1f})"
-            cells.append(text)
-        rows.append(cells)
-    return shown, rows
-
-
-def to_markdown(frame: pd.DataFrame, notes: Sequence[str] = ()) -> str:
-    """The table in GitHub's markdown, with its footnotes."""
-    headers, rows = _cells(frame)
-    lines = ["| " + " | ".join(headers) + " |"]
-    lines.append("|" + "|".join("---" if h in TEXT else "---:" for h in headers) + "|")
-    lines += ["| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |" for cells in rows]
-    lines += [""] + [f"{i}. {note}" for i, note in enumerate(notes, 1)]
-    return "\n".join(lines) + "\n"
-
-
-def print_rich(frame: pd.DataFrame, notes: Sequence[str] = (), title: str = TITLE) -> None:
-    """The table in the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 190))
-    headers, rows = _cells(frame)
-    shown = Table(title=title, title_justify="left")
-    for header in headers:
-        side: Literal["left", "right"] = "left" if header in TEXT else "right"
-        shown.add_column(header, justify=side, overflow="fold")  # never cut a name
-    for cells in rows:
-        shown.add_row(*map(escape, cells))
-    console.print(shown)
-    for i, note in enumerate(notes, 1):
-        console.print(f"{i}. {note}", highlight=False, markup=False)

@@ -19,7 +19,7 @@ from morphoquant.config.schema import RunConfig
 
 __all__ = ["ConfigError", "RunConfig", "load", "normalise", "to_yaml"]
 
-COMPOSITION_ONLY = ("limit", "experiment", "ablation", "hydra")
+COMPOSITION_ONLY = ("limit", "experiment", "ablation", "row", "hydra")
 """Top-level keys that exist for the command line: other fields have taken their values."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from morphoquant.config.messages import ConfigError
 from morphoquant.config.method import FIXED_WIDTH
+from morphoquant.config.rows import TABLE1
 from morphoquant.config.rules_modality import by_modality
 from morphoquant.config.schema import RunConfig
 
@@ -25,6 +26,7 @@ def check(cfg: RunConfig) -> None:
         *by_modality(cfg),
         *_model(cfg),
         *_data(cfg),
+        *_report(cfg),
     ]
     if broken:
         raise ConfigError("\n".join(broken))
@@ -346,3 +348,13 @@ def _data(cfg: RunConfig) -> Iterator[str]:
     repeated = {t for t in cfg.benchmark.tasks if cfg.benchmark.tasks.count(t) > 1}
     if repeated:
         yield f"benchmark.tasks: named twice: {', '.join(sorted(repeated))}. Name each once."
+
+
+def _report(cfg: RunConfig) -> Iterator[str]:
+    row = cfg.bits.scheme, cfg.method.name
+    if cfg.report == "table1" and row not in TABLE1:
+        rows = ", ".join(f"{bits}_{method}" for bits, method in TABLE1)
+        yield (
+            f"report='table1' with method={row[1]} at {row[0]}: Table 1 has no such row. Choose "
+            f"row=<one of {rows}> and leave method and bits to it, or set report=comparison."
+        )

@@ -188,7 +188,7 @@ class RunConfig(Strict):
     paths: PathsConfig = PathsConfig()
     reference: bool = True
     """Measure the unquantized model in the same harness too (once per sweep)."""
-    report: Literal["comparison", "ablation", "table3"] = "comparison"
+    report: Literal["comparison", "ablation", "table1", "table3"] = "comparison"
     """Which table a sweep ends in."""
     seed: int = 0
 

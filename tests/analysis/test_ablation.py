@@ -149,12 +149,40 @@ def test_markdown_and_terminal(
     report = ablation(sweep)
     report.show()
     printed, markdown = capsys.readouterr().out, report.markdown()
-    for cell in ("16.7 (-33.3)", "+0 / -20", "<0.001", "no difference found", "95 % interval"):
+    for cell in (
+        "16.7 (-33.3)",
+        "51.7 (+1.7 ≈)",
+        "+0 / -20",
+        "<0.001",
+        "no difference found",
+        "95 % interval",
+    ):
         assert cell in markdown
         assert cell in printed
     lines = markdown.splitlines()
     assert len({line.replace(r"\|", "").count("|") for line in lines[:8]}) == 1
     assert lines[2].startswith("| base | – | 50.0 | 50.0 | 50.0 | – |")
+
+
+def test_single_benchmarks_are_tested_too(sweep: list[dict[str, str]]) -> None:
+    report = ablation(sweep)
+    rows = by_choice(report.frame)
+    assert rows.loc["compensation_none", "verdict mmmu"] == module.LOWER
+    assert rows.loc["search_off", "verdict mmmu"] == module.HIGHER + module.UNCORRECTED
+    assert rows.loc["search_off", "verdict videomme"] == module.NOTHING
+    assert rows.loc["base_–", "verdict mmmu"] is None or pd.isna(rows.loc["base_–", "verdict mmmu"])
+    tested = rows[["p mmmu", "p videomme"]].notna().to_numpy().sum()
+    assert tested == 6
+    assert any("over their 6 differences" in note for note in report.notes)
+    for name in ("mmmu", "videomme"):
+        assert (rows[f"p adjusted {name}"].dropna() >= rows[f"p {name}"].dropna()).all()
+
+
+def test_all_pairs_and_the_cost_stand_beside(sweep: list[dict[str, str]]) -> None:
+    parts = ablation(sweep).parts
+    assert len(parts["pairs"].frame) == 6  # of four runs: one job looked up the base's
+    assert len(parts["cost"].frame) == 5  # the unquantized model too
+    assert not any(part.printed for part in parts.values())
 
 
 def test_the_same_jobs_give_the_same_table(sweep: list[dict[str, str]]) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from morphoquant.analysis import paired
 from morphoquant.errors import HarnessError
@@ -83,6 +84,41 @@ def test_exchanging_the_runs_mirrors_everything(
     assert (back.gained, back.lost, back.p) == (there.lost, there.gained, there.p)
     assert back.delta == pytest.approx(-there.delta)
     assert (back.low, back.high) == pytest.approx((-there.high, -there.low), nan_ok=True)
+    assert back.needed == there.needed
+
+
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), max_size=12))
+def test_correction_only_raises_p_values(p: list[float]) -> None:
+    raw = pd.Series(p, dtype=float)
+    adjusted = paired.holm(raw)
+    assert (adjusted.isna() == raw.isna()).all()
+    assert (adjusted.dropna() >= raw.dropna()).all()
+    assert (adjusted.dropna() <= 1).all()
+    if raw.notna().any():  # the smallest is multiplied by the number of tests
+        smallest = raw.idxmin()
+        assert adjusted[smallest] == pytest.approx(min(1.0, raw[smallest] * raw.notna().sum()))
+
+
+def test_a_verdict_needs_interval_and_corrected_test() -> None:
+    part = compared({"mmmu": [1] * 30 + [0] * 10}, {"mmmu": [0] * 40}).mean
+    assert paired.verdict(part, 0.01) == paired.HIGHER
+    assert paired.verdict(part, 0.06) == paired.HIGHER + paired.UNCORRECTED
+    back = compared({"mmmu": [0] * 40}, {"mmmu": [1] * 30 + [0] * 10}).mean
+    assert paired.verdict(back, 0.01) == paired.LOWER
+    same = compared({"mmmu": [1, 0]}, {"mmmu": [1, 0]}).mean
+    assert paired.verdict(same, 0.01) == paired.NOTHING
+    single = compared({"mmmu": [1]}, {"mmmu": [0]}).mean
+    assert paired.verdict(single, 0.01) == paired.verdict(None, 0.01) == paired.UNKNOWN
+
+
+def test_runs_are_grouped_by_what_they_answered() -> None:
+    long, short = answers({"mmmu": [1, 0, 1]}), answers({"mmmu": [1, 0]})
+    other = long.assign(target="B")
+    tables = paired.align({"a": long, "b": short, "c": long[::-1], "d": other})
+    assert [list(t.columns[3:]) for t in tables] == [["a", "c"], ["b"], ["d"]]
+    assert (tables[0]["a"] == tables[0]["c"]).all()
+    with pytest.raises(HarnessError, match="b answered 2 questions twice"):
+        paired.align({"a": long, "b": pd.concat([short, short])})
 
 
 def test_a_run_against_itself_finds_nothing() -> None:
@@ -90,6 +126,7 @@ def test_a_run_against_itself_finds_nothing() -> None:
     found = compared(run, run).mean
     assert (found.delta, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
     assert (found.gained, found.lost, found.found) == (0, 0, False)
+    assert found.needed == np.inf
 
 
 def test_every_benchmark_weighs_the_same_in_the_mean() -> None:
@@ -160,6 +197,12 @@ def test_pairing_finds_what_the_accuracies_alone_hide() -> None:
     assert part.p == pytest.approx(2 * 0.5**10)
 
 
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_a_binomial_test(gained: int, lost: int) -> None:
+    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert paired.mcnemar(gained, lost) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("gained", "lost", "p"), [(0, 0, 1.0), (1, 0, 1.0), (5, 5, 1.0), (0, 6, 2 / 64), (6, 0, 2 / 64)]
 )
@@ -173,13 +216,6 @@ def test_one_cluster_has_no_interval() -> None:
     assert np.isnan(part.mean.high)
     assert not part.mean.found
     assert not np.isnan(part.benchmarks["mmmu"].low)
-
-
-def test_benchmarks_that_cancel_leave_nothing() -> None:
-    # Differences of 0.1, 0.2 and -0.3 in every resample; in floating point they do not add to 0.
-    strata = [(np.full(5, share), np.ones(5)) for share in (0.1, 0.2, -0.3)]
-    low, high = paired._interval(strata, FEW, 0.95, 0)
-    assert (low, high) == (0.0, 0.0)
 
 
 def test_different_questions_are_refused_with_their_numbers() -> None:

@@ -174,12 +174,27 @@ def test_steps_are_within_one_column(jobs: list[dict[str, str]]) -> None:
 
 
 def test_measured_steps_come_with_their_noise(jobs: list[dict[str, str]]) -> None:
-    steps = [note for note in table3(jobs).notes if "McNemar" in note]
+    steps = [note for note in table3(jobs).notes if note.startswith("Measured steps")]
     assert len(steps) == 2
     assert steps[0].startswith("Measured steps of method=morphoquant,")
     assert "baseline to plus_dabc +50.0 (" in steps[0]
     assert "+20 / -0 answers" in steps[0]
     assert "plus_dabc to full +5.0 (" in steps[1]
+
+
+def test_measured_steps_are_marked_published_ones_are_not(jobs: list[dict[str, str]]) -> None:
+    report = table3(jobs)
+    rows = report.frame.set_index("variant")
+    assert rows.loc["full", "verdict mmmu (measured, morphoquant)"] == "higher"
+    reference = "mmmu (measured, morphoquant_reference)"
+    assert rows.loc["plus_dabc", f"verdict {reference}"] == "no difference found"
+    cells = report.cells.set_index("variant")
+    assert cells.loc["plus_dabc", reference] == "30.0 (+5.0 ≈)"
+    assert cells.loc["plus_dabc", "mmmu (arXiv v2)"] == "44.22 (+3.89)"
+    assert not [c for c in rows if c.startswith("verdict") and "arXiv" in c]
+    assert len(report.parts["pairs"].frame) == 15
+    (note,) = [n for n in report.notes if n.startswith("≈")]
+    assert "8 comparisons" in note  # two steps of two methods, one benchmark and its mean
 
 
 def test_what_differs_is_said(jobs: list[dict[str, str]]) -> None:

@@ -58,7 +58,7 @@ def test_differences_are_to_the_reference() -> None:
     assert math.isnan(fp16["Δ mmmu"])
     assert math.isnan(lonely["Δ mean"])
     assert (rtn["W bits"], rtn["A bits"], rtn["empty"], rtn["unparsed"]) == (4.13, 4.3, 1, 0)
-    assert (rtn["quantize s"], rtn["evaluate s"]) == (10.0, 20.0)
+    assert not [column for column in frame if column.endswith(" s")], "seconds are elsewhere"
 
 
 @given(st.floats(0, 100), st.floats(0, 100))

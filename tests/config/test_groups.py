@@ -43,10 +43,11 @@ def test_every_method_at_every_width(
     composed: Callable[..., RunConfig], method: str, bits: str
 ) -> None:
     width = bits.removeprefix("w").removesuffix("kv4").split("a")
-    one_width = method in ("nf4", "mxfp4", "nvfp4", "hif4", "morphoquant_hif4")
+    one_width = method in ("nf4", "mxfp4", "nvfp4", "hif4", "morphoquant_hif4", "morphoquant_hif8")
     nothing_rounded = method in ("awq", "mbq", "masquant") and bits == "w16a16"
     unlearnable = method == "spinquant" and width[1] == "16"
-    odd = any(w not in ("4", "16") for w in (width[:1] if method == "nf4" else width))
+    own = "8" if method.endswith("hif8") else "4"
+    odd = any(w not in (own, "16") for w in (width[:1] if method == "nf4" else width))
     if (one_width and odd) or nothing_rounded or unlearnable:
         with pytest.raises(ConfigError, match="Set "):
             composed(f"method={method}", f"bits={bits}")
@@ -61,7 +62,7 @@ def test_every_method_at_every_width(
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice(composed: Callable[..., RunConfig], group: str, choice: str) -> None:
-    config = composed(f"{group}={choice}")
+    config = composed(f"{group}={choice}", *(["row=w4a4_quarot"] if choice == "table1" else []))
     if group not in ("experiment", "ablation"):
         assert getattr(config, group).name == choice
 
@@ -162,3 +163,22 @@ def test_schema_node_has_every_field() -> None:
     assert set(node) == set(RunConfig.model_fields)
     assert node["method"]["activation"]["range"]["p"] == 2.0
     assert node["model"]["name"] == "???"
+
+
+ROWS = sorted(p.stem for p in (CONF / "row").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_pairs_a_method_with_its_widths(composed: Callable[..., RunConfig], row: str) -> None:
+    config = composed("experiment=table1", f"row={row}")
+    scheme, method = row.split("_", 1)
+    assert (config.bits.scheme, config.method.name, config.report) == (scheme, method, "table1")
+
+
+def test_other_rows_are_refused_before_a_sweep(composed: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="method=rtn at w4a4: Table 1 has no such row"):
+        composed("experiment=table1", "row=w4a4_quarot", "method=rtn")
+    with pytest.raises(ConfigError, match="row=<one of w16a16_fp16"):
+        composed("experiment=table1", "row=w4a4_quarot", "bits=w3a16")
+    with pytest.raises(ConfigError, match="no such row"):
+        composed("report=table1", "method=rtn")
