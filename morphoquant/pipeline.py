@@ -25,8 +25,15 @@ from morphoquant.quantize import (
     walk_blocks,
 )
 from morphoquant.record import describe_slots, flat, record_statistics
+from morphoquant.sharing.prompts import Prompts, open_store
 from morphoquant.tracking.clock import Clock
-from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
+from morphoquant.tracking.fingerprint import (
+    code_files,
+    code_hash,
+    fingerprint,
+    git_state,
+    package_versions,
+)
 from morphoquant.tracking.progress import progress_callback
 from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory, write_atomic
 from morphoquant.tracking.wandb_mirror import Tracker, open_tracker
@@ -58,7 +65,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     if config.reference and config.method.quantizes:
         reference = run(reference_config(config))
     prepared = _prepare(config)
-    directory = RunDirectory.open(Path(config.paths.runs), _name(config), prepared.identity)
+    directory = RunDirectory.open(
+        Path(config.paths.runs),
+        _name(config),
+        prepared.identity,
+        lambda: {"git": git_state(), "files": code_files()},
+    )
     with directory.lock():
         if directory.finished:
             log.info("reused: %s is finished", directory.path)
@@ -157,14 +169,15 @@ def _execute(
     with clock.phase("load"):
         adapter = OmniAdapter.load(config.model)
     asked = probe_samples(prepared.calibration, PROBES_PER_MODALITY)
-    probe = adapter.encode([sample.messages for sample in asked])
+    prompts = Prompts(config, adapter, open_store(config.paths, directory.path.name))
+    probe = prompts.encode_batch(asked)
     towers = [t for t in ("vision", "audio", "decoder") if getattr(config.model.scope, t)]
     with clock.phase("quantize"):
         before = adapter.logits(probe)
-        drift = transform(config, adapter, prepared.calibration, probe, before, directory)
+        drift = transform(config, adapter, prepared.calibration, probe, before, directory, prompts)
         # Compared with the rewritten network: its own rounding must not pass for quantization.
         plain = before if drift is None else adapter.logits(probe)
-        quantizer = walk_blocks(config, adapter, towers, prepared.calibration)
+        quantizer = walk_blocks(config, adapter, towers, prepared.calibration, prompts)
         cache = quantize_cache(config, adapter)
         after = adapter.logits(probe)
         moved = agreement(config, plain, after, [sample.modality for sample in asked])
@@ -225,6 +238,7 @@ def _execute(
         "compensation": manifest.compensation_cost(),
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
         "peak_memory_mb": clock.peak_memory_mb,
+        "reused": prompts.describe(),
         "transform_drift": drift,
         "logits": moved,
         "statistics": scalars,
