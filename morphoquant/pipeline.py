@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,12 @@ from morphoquant.quantize import (
     walk_blocks,
 )
 from morphoquant.record import describe_slots, flat, record_statistics
+from morphoquant.sharing.content import checkpoint_hash, content_of, load_calibration
 from morphoquant.sharing.prompts import Prompts, open_store
 from morphoquant.tracking.clock import Clock
 from morphoquant.tracking.fingerprint import (
     code_files,
     code_hash,
-    fingerprint,
     git_state,
     package_versions,
 )
@@ -73,7 +74,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     )
     with directory.lock():
         if directory.finished:
-            log.info("reused: %s is finished", directory.path)
+            word = "reused" if config.method.quantizes else "reference: reused"
+            log.info("%s: %s is finished", word, directory.path)
             return directory.result()
         tracker = _tracker(config, directory)
         try:
@@ -93,24 +95,25 @@ def run(config: RunConfig) -> dict[str, Any]:
 class Prepared:
     """What is known before anything is loaded."""
 
-    calibration: Calibration
+    config: RunConfig
     identity: dict[str, Any]
     leaked: int
     """Calibration samples that are evaluated too; 0 unless the calibration's name says so."""
+    loaded: Calibration | None = None
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The prompts; loaded here where they were not yet."""
+        return self.loaded or load_calibration(self.config)
 
 
 def _prepare(config: RunConfig) -> Prepared:
     """All cheap checks, and the identity of the run."""
-    from morphoquant.calibration.samples import check_disjoint, load_samples
-    from morphoquant.models.loading import check, model_hash
+    from morphoquant.models.loading import check
 
     check(config.model)
-    evaluation.check(config.benchmark, config.paths)
-    calibration = load_samples(config.calibration, _mini_root(config))
-    questions = evaluation.question_ids(config.benchmark, config.paths)
-    leaked = len(set(calibration.ids) & questions)
-    if not config.calibration.allow_leakage:
-        check_disjoint(calibration.ids, questions)
+    store = open_store(config.paths)
+    content, calibration = content_of(config, store)
     left_out: dict[str, Any] = {"tracker": True, "paths": True, "reference": True, "report": True}
     left_out["statistics"] = {"figures"}
     if not reads_calibration(config):
@@ -120,24 +123,13 @@ def _prepare(config: RunConfig) -> Prepared:
         "config": described,
         "code": code_hash(),
         "versions": package_versions(),
-        "model": model_hash(config.model),
-        "calibration_ids": calibration.ids_hash if reads_calibration(config) else None,
-        "calibration_data": calibration.content_hash if reads_calibration(config) else None,
-        "question_ids": fingerprint({"ids": sorted(questions)})[:16],
-        "question_data": evaluation.data_hash(config.benchmark, config.paths),
+        "model": checkpoint_hash(config.model, store),
+        "calibration_ids": content.calibration_ids if reads_calibration(config) else None,
+        "calibration_data": content.calibration_data if reads_calibration(config) else None,
+        "question_ids": content.question_ids,
+        "question_data": content.question_data,
     }
-    return Prepared(calibration, identity, leaked)
-
-
-def _mini_root(config: RunConfig) -> Path | None:
-    """The built embedded sets, where a calibration source asks for them."""
-    from morphoquant.calibration.samples import MINI
-
-    if not any(source.path.startswith(MINI) for source in config.calibration.sources):
-        return None
-    from morphoquant.embedded.benchmarks import build
-
-    return build(Path(config.paths.cache) / "mini")
+    return Prepared(config, identity, content.leaked, calibration)
 
 
 def run_path(config: RunConfig, result: dict[str, Any]) -> Path:

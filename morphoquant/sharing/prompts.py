@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from morphoquant.config.schema import PathsConfig, RunConfig
 from morphoquant.sharing.artifacts import Artifact, ArtifactStore, Claim
+from morphoquant.sharing.content import checkpoint_hash
 from morphoquant.tracking.fingerprint import code_hash, package_versions
 
 if TYPE_CHECKING:
@@ -168,7 +169,6 @@ class SharedStatistics:
     @property
     def identity(self) -> dict[str, Any]:
         """All that observed activations depend on."""
-        from morphoquant.models.loading import model_hash
         from morphoquant.quantization.rounding import rounds_late
 
         config, adapter = self.prompts.config, self.prompts.adapter
@@ -177,7 +177,7 @@ class SharedStatistics:
         transform = method.transform if method.transform.name != "none" else None
         branch = method.compensation if method.compensation.name == "low_rank" else None
         identity: dict[str, Any] = {
-            "model": model_hash(model),
+            "model": checkpoint_hash(model, self.prompts.store),
             "commit": self.prompts._commit(),
             "prompts": _content(self.calibration.samples),
             "batch_size": config.calibration.batch_size,
