@@ -94,7 +94,8 @@ class ModalityStatistics:
     def pooled_distribution(self) -> LayerDistribution | None:
         """Histograms over all non-padding tokens; None if none were kept."""
         total: LayerDistribution | None = None
-        for found in self.distributions.values():
+        # In one order, whichever modality came first: sums of energies round.
+        for found in (self.distributions[m] for m in MODALITIES if m in self.distributions):
             total = total or LayerDistribution(found.magnitudes.counts.device)
             total.merge(found)
         return total

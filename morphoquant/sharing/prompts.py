@@ -245,7 +245,7 @@ class SharedStatistics:
         taken = self.quantizer.taken
         if self.claim is None or taken is None:
             return
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for number, statistics in enumerate(taken.values()):
             tensors |= {f"{number}/{k}": t for k, t in statistics.state().items()}
         self.claim.put({"groups": [list(place) for place in taken]}, tensors)

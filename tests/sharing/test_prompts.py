@@ -35,6 +35,8 @@ def configure() -> Callable[..., RunConfig]:
     @functools.cache
     def make(*overrides: str) -> RunConfig:
         fixed = ["statistics.probes=1", "calibration.batch_size=4", "model.dtype=float32"]
+        if any("morphoquant" in override for override in overrides):
+            fixed.append("method.activation.range.candidates=3")
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             return load(compose("config", overrides=[*fixed, *overrides]))
 
@@ -43,8 +45,8 @@ def configure() -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="module")
 def few(calibration_config: Any, mini_root: Path) -> Calibration:
-    """Seven statistics prompts, three for the search."""
-    return load_samples(calibration_config(samples=7, search_samples=3), mini_root)
+    """Five statistics prompts of all modalities, two for the search."""
+    return load_samples(calibration_config(samples=5, search_samples=2), mini_root)
 
 
 @pytest.fixture
