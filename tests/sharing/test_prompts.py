@@ -114,7 +114,7 @@ def same(a: Any, b: Any, place: str = "") -> None:
         (("method=gptq", "method/activation=per_channel_static", "ablation=mask_local_or_global",
           "method/compensation=dabc"), True),
         (("method=awq", "bits=w4a16"), True),
-        (("method=atom",), True),
+        (("method=atom",), False),
         (("method=mquant", "bits=w4a8"), False),
         (("method=morphoquant_folded",), False),
         (("method=quarot",), False),
