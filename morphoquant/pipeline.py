@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,15 @@ from morphoquant.quantize import (
     walk_blocks,
 )
 from morphoquant.record import describe_slots, flat, record_statistics
+from morphoquant.sharing.content import checkpoint_hash, content_of, load_calibration
+from morphoquant.sharing.prompts import Prompts, open_store
 from morphoquant.tracking.clock import Clock
-from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
+from morphoquant.tracking.fingerprint import (
+    code_files,
+    code_hash,
+    git_state,
+    package_versions,
+)
 from morphoquant.tracking.progress import progress_callback
 from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory, write_atomic
 from morphoquant.tracking.wandb_mirror import Tracker, open_tracker
@@ -58,10 +66,16 @@ def run(config: RunConfig) -> dict[str, Any]:
     if config.reference and config.method.quantizes:
         reference = run(reference_config(config))
     prepared = _prepare(config)
-    directory = RunDirectory.open(Path(config.paths.runs), _name(config), prepared.identity)
+    directory = RunDirectory.open(
+        Path(config.paths.runs),
+        _name(config),
+        prepared.identity,
+        lambda: {"git": git_state(), "files": code_files()},
+    )
     with directory.lock():
         if directory.finished:
-            log.info("reused: %s is finished", directory.path)
+            word = "reused" if config.method.quantizes else "reference: reused"
+            log.info("%s: %s is finished", word, directory.path)
             return directory.result()
         tracker = _tracker(config, directory)
         try:
@@ -81,24 +95,25 @@ def run(config: RunConfig) -> dict[str, Any]:
 class Prepared:
     """What is known before anything is loaded."""
 
-    calibration: Calibration
+    config: RunConfig
     identity: dict[str, Any]
     leaked: int
     """Calibration samples that are evaluated too; 0 unless the calibration's name says so."""
+    loaded: Calibration | None = None
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The prompts; loaded here where they were not yet."""
+        return self.loaded or load_calibration(self.config)
 
 
 def _prepare(config: RunConfig) -> Prepared:
     """All cheap checks, and the identity of the run."""
-    from morphoquant.calibration.samples import check_disjoint, load_samples
-    from morphoquant.models.loading import check, model_hash
+    from morphoquant.models.loading import check
 
     check(config.model)
-    evaluation.check(config.benchmark, config.paths)
-    calibration = load_samples(config.calibration, _mini_root(config))
-    questions = evaluation.question_ids(config.benchmark, config.paths)
-    leaked = len(set(calibration.ids) & questions)
-    if not config.calibration.allow_leakage:
-        check_disjoint(calibration.ids, questions)
+    store = open_store(config.paths)
+    content, calibration = content_of(config, store)
     left_out: dict[str, Any] = {"tracker": True, "paths": True, "reference": True, "report": True}
     left_out["statistics"] = {"figures"}
     if not reads_calibration(config):
@@ -108,24 +123,13 @@ def _prepare(config: RunConfig) -> Prepared:
         "config": described,
         "code": code_hash(),
         "versions": package_versions(),
-        "model": model_hash(config.model),
-        "calibration_ids": calibration.ids_hash if reads_calibration(config) else None,
-        "calibration_data": calibration.content_hash if reads_calibration(config) else None,
-        "question_ids": fingerprint({"ids": sorted(questions)})[:16],
-        "question_data": evaluation.data_hash(config.benchmark, config.paths),
+        "model": checkpoint_hash(config.model, store),
+        "calibration_ids": content.calibration_ids if reads_calibration(config) else None,
+        "calibration_data": content.calibration_data if reads_calibration(config) else None,
+        "question_ids": content.question_ids,
+        "question_data": content.question_data,
     }
-    return Prepared(calibration, identity, leaked)
-
-
-def _mini_root(config: RunConfig) -> Path | None:
-    """The built embedded sets, where a calibration source asks for them."""
-    from morphoquant.calibration.samples import MINI
-
-    if not any(source.path.startswith(MINI) for source in config.calibration.sources):
-        return None
-    from morphoquant.embedded.benchmarks import build
-
-    return build(Path(config.paths.cache) / "mini")
+    return Prepared(config, identity, content.leaked, calibration)
 
 
 def run_path(config: RunConfig, result: dict[str, Any]) -> Path:
@@ -157,14 +161,15 @@ def _execute(
     with clock.phase("load"):
         adapter = OmniAdapter.load(config.model)
     asked = probe_samples(prepared.calibration, PROBES_PER_MODALITY)
-    probe = adapter.encode([sample.messages for sample in asked])
+    prompts = Prompts(config, adapter, open_store(config.paths, directory.path.name))
+    probe = prompts.encode_batch(asked)
     towers = [t for t in ("vision", "audio", "decoder") if getattr(config.model.scope, t)]
     with clock.phase("quantize"):
         before = adapter.logits(probe)
-        drift = transform(config, adapter, prepared.calibration, probe, before, directory)
+        drift = transform(config, adapter, prepared.calibration, probe, before, directory, prompts)
         # Compared with the rewritten network: its own rounding must not pass for quantization.
         plain = before if drift is None else adapter.logits(probe)
-        quantizer = walk_blocks(config, adapter, towers, prepared.calibration)
+        quantizer = walk_blocks(config, adapter, towers, prepared.calibration, prompts)
         cache = quantize_cache(config, adapter)
         after = adapter.logits(probe)
         moved = agreement(config, plain, after, [sample.modality for sample in asked])
@@ -225,6 +230,7 @@ def _execute(
         "compensation": manifest.compensation_cost(),
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
         "peak_memory_mb": clock.peak_memory_mb,
+        "reused": prompts.describe(),
         "transform_drift": drift,
         "logits": moved,
         "statistics": scalars,

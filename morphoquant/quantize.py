@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from morphoquant.config.schema import RunConfig
 from morphoquant.errors import HarnessError
+from morphoquant.sharing.prompts import Prompts
 from morphoquant.tracking.progress import progress
 from morphoquant.tracking.rundir import RunDirectory
 
@@ -49,6 +50,7 @@ def transform(
     probe: Batch,
     before: torch.Tensor,
     directory: RunDirectory,
+    prompts: Prompts | None = None,
 ) -> float | None:
     """Slot 1, with the check that the unquantized outputs did not move.
 
@@ -57,7 +59,6 @@ def transform(
     """
     import torch
 
-    from morphoquant.calibration.samples import batches
     from morphoquant.quantization.attention import install_kv_cache
     from morphoquant.quantization.kv_cache import KVSettings
     from morphoquant.quantization.transforms import TransformInput, apply_transform
@@ -67,8 +68,9 @@ def transform(
     if settings.name == "none":
         return None
     adapter.untie_head()
-    groups = batches(calibration.samples, config.calibration.batch_size)
-    encoded = [adapter.encode([s.messages for s in group]) for group in groups]
+    encoded: list[Batch] = []
+    if settings.name in ("smooth", "modality_smooth"):  # rotations read none, or encode their own
+        encoded = (prompts or Prompts(config, adapter)).encode(calibration.samples)
     steps = {"spin": settings.steps, "modality_smooth": len(adapter.blocks("decoder"))}
     with progress(
         f"Transforming: {settings.name}", steps.get(settings.name, 1), unit="steps"
@@ -100,13 +102,15 @@ def transform(
 
 
 def walk_blocks(
-    config: RunConfig, adapter: OmniAdapter, towers: list[Any], calibration: Calibration
+    config: RunConfig,
+    adapter: OmniAdapter,
+    towers: list[Any],
+    calibration: Calibration,
+    prompts: Prompts | None = None,
 ) -> BlockQuantizer:
-    """Slots 2 to 4, block by block."""
-    from morphoquant.calibration.samples import batches
+    """Slots 2 to 4, block by block; what other runs have encoded and observed is read."""
     from morphoquant.calibration.walk import walk
     from morphoquant.quantization import engine
-    from morphoquant.quantization.survey import survey
 
     settings = config.statistics
     quantizer = engine.BlockQuantizer(
@@ -114,26 +118,26 @@ def walk_blocks(
     )
     if not reads_calibration(config):
         return quantizer
-    size = config.calibration.batch_size
-
-    def encoded(samples: Any) -> list[Any]:
-        return [adapter.encode([s.messages for s in group]) for group in batches(samples, size)]
-
-    sets = {engine.STATISTICS: encoded(calibration.samples)}
-    if quantizer.searches and calibration.search:
-        sets[engine.SEARCH] = encoded(calibration.search)
+    prompts = prompts or Prompts(config, adapter)
+    sets: dict[str, list[Any]] = {}
     early: tuple[str, ...] = ()
+    if quantizer.searches and calibration.search:
+        sets[engine.SEARCH] = prompts.encode(calibration.search)
     if config.method.quantizes and settings.enabled and settings.probes:
-        probes = encoded(probe_samples(calibration, settings.probes))
+        probes = prompts.encode(probe_samples(calibration, settings.probes))
         sets |= {engine.PROBE: probes, engine.PROBE_QUANTIZED: probes}
         early = (engine.PROBE,)
-    quantizer.moments = survey(adapter, towers, sets[engine.STATISTICS], config.method, config.bits)
     count = sum(len(adapter.blocks(tower)) for tower in towers)
     title = f"Quantizing {config.method.name} {config.bits.scheme}"
     if not config.method.quantizes:
         title = f"Observing {config.method.name}"
-    with progress(title, count, unit="blocks") as step:
-        walk(adapter, towers, sets, quantizer, step, early)
+    with prompts.statistics(calibration, towers, quantizer) as shared:
+        quantizer.moments = shared.moments()
+        sets = {engine.STATISTICS: shared.passing(), **sets}
+        prompts.say()
+        with progress(title, count, unit="blocks") as step:
+            walk(adapter, towers, sets, quantizer, step, early)
+        shared.keep()
     if quantizer.needs_labels:
         adapter.follow_labels(quantizer.labels)
     return quantizer

@@ -8,6 +8,7 @@ statistic, whatever the batches were. Two bytes per element is also what makes c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -148,3 +149,23 @@ class LayerDistribution:
                 if isinstance(value, torch.Tensor):
                     setattr(part, name, value.cpu())
         return self
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All counts, as tensors; :meth:`restored` takes them up bit for bit."""
+        tokens = self.tokens
+        return {
+            "magnitudes": self.magnitudes.counts,
+            "tokens": tokens.counts,
+            "energy": tokens.energy,
+            "first": tokens.first,
+            "prompts": torch.tensor(tokens.prompts),
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, torch.Tensor]) -> LayerDistribution:
+        """Histograms from their :meth:`state`, on the state's device."""
+        found = cls(state["magnitudes"].device)
+        found.magnitudes.counts = state["magnitudes"]
+        found.tokens.counts, found.tokens.energy = state["tokens"], state["energy"]
+        found.tokens.first, found.tokens.prompts = state["first"], bool(state["prompts"])
+        return found

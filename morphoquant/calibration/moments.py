@@ -16,7 +16,7 @@ Notable choices:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -125,6 +125,20 @@ class ChannelStatistics:
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.cpu())
         return self
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that is known, as tensors; :meth:`restored` takes it up bit for bit."""
+        n = torch.tensor(self.n)
+        return {"n": n, "lo": self.lo, "hi": self.hi, "pivot": self._pivot, "sums": self._sums}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, torch.Tensor]) -> ChannelStatistics:
+        """An accumulator from its :meth:`state`, on the state's device."""
+        found = cls(state["lo"].numel(), state["lo"].device)
+        found.n = int(state["n"])
+        found.lo, found.hi = state["lo"], state["hi"]
+        found._pivot, found._sums = state["pivot"], state["sums"]
+        return found
 
     # ------------------------------------------------------------------- moments, each [channels]
 

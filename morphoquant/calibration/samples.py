@@ -36,21 +36,38 @@ class Calibration:
     @property
     def content_hash(self) -> str:
         """Identity of what the prompts hold: text, pictures, sound; clips by name and size."""
-        digest = hashlib.sha256()
-        for sample in (*self.samples, *self.search):
-            for part in (part for turn in sample.messages for part in turn["content"]):
-                value = part[part["type"]]
-                if part["type"] == "image":
-                    value = (value.mode, value.size, value.tobytes())
-                elif part["type"] == "audio":
-                    value = value.tobytes()
-                elif part["type"] == "video":
-                    path = Path(value)
-                    value = (path.name, path.stat().st_size if path.is_file() else None)
-                digest.update(f"\0{part['type']}\0".encode())
-                for piece in value if isinstance(value, tuple) else (value,):
-                    digest.update(piece if isinstance(piece, bytes) else repr(piece).encode())
-        return digest.hexdigest()[:16]
+        return content_hash((*self.samples, *self.search))[:16]
+
+
+def content_hash(samples: Iterable[Sample], exact: bool = False) -> str:
+    """sha256 over what prompts hold: text, pictures, sound; clips by name and size.
+
+    Args:
+        samples: in the order that counts.
+        exact: also roles, answers (which a transform may read) and the times at which clips were
+            written: two clips may have one name and size, and a cache must not confuse them.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        if exact:
+            turns = [(turn["role"], len(turn["content"])) for turn in sample.messages]
+            digest.update(f"\0sample\0{turns}\0{sample.answer}\0{sample.modality}".encode())
+        for part in (part for turn in sample.messages for part in turn["content"]):
+            value = part[part["type"]]
+            if part["type"] == "image":
+                value = (value.mode, value.size, value.tobytes())
+            elif part["type"] == "audio":
+                value = value.tobytes()
+            elif part["type"] == "video":
+                path = Path(value)
+                state = path.stat() if path.is_file() else None
+                value = (path.name, state.st_size if state else None)
+                if exact and state:
+                    value += (state.st_mtime_ns,)
+            digest.update(f"\0{part['type']}\0".encode())
+            for piece in value if isinstance(value, tuple) else (value,):
+                digest.update(piece if isinstance(piece, bytes) else repr(piece).encode())
+    return digest.hexdigest()
 
 
 def _set_name(source: CalibrationSource) -> str:

@@ -5,6 +5,8 @@ The result does not depend on batch size, batch order or padding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from morphoquant.calibration.histogram import LayerDistribution
@@ -92,10 +94,39 @@ class ModalityStatistics:
     def pooled_distribution(self) -> LayerDistribution | None:
         """Histograms over all non-padding tokens; None if none were kept."""
         total: LayerDistribution | None = None
-        for found in self.distributions.values():
+        # In one order, whichever modality came first: sums of energies round.
+        for found in (self.distributions[m] for m in MODALITIES if m in self.distributions):
             total = total or LayerDistribution(found.magnitudes.counts.device)
             total.merge(found)
         return total
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that is known of the modalities that occurred, as tensors ``<modality>/..``.
+
+        :meth:`restored` takes it up bit for bit.
+        """
+        found = {"channels": torch.tensor(next(iter(self.parts.values())).lo.numel())}
+        found["histograms"] = torch.tensor(self._histograms)
+        for modality, part in self.present.items():
+            found |= {f"{modality.name}/moments/{k}": t for k, t in part.state().items()}
+        for modality, layer in self.distributions.items():
+            found |= {f"{modality.name}/histograms/{k}": t for k, t in layer.state().items()}
+        return found
+
+    @classmethod
+    def restored(
+        cls, state: Mapping[str, torch.Tensor], device: torch.device | str = "cpu"
+    ) -> ModalityStatistics:
+        """Statistics from their :meth:`state`, moved to ``device``."""
+        found = cls(int(state["channels"]), device, bool(state["histograms"]))
+        for modality in MODALITIES:
+            moments = _below(state, f"{modality.name}/moments/", device)
+            if moments:
+                found.parts[modality] = ChannelStatistics.restored(moments)
+            layer = _below(state, f"{modality.name}/histograms/", device)
+            if layer:
+                found.distributions[modality] = LayerDistribution.restored(layer)
+        return found
 
     def cpu(self) -> ModalityStatistics:
         """Move everything to the CPU, in place; returns itself."""
@@ -115,3 +146,10 @@ def _by_modality(labels: torch.Tensor) -> dict[Modality, torch.Tensor | None]:
         return {} if only is Modality.PADDING or not kinds.numel() else {only: None}
     ordered = torch.sort(kinds, stable=True).indices.split(counts)
     return {m: ordered[int(m) + 1] for m in MODALITIES if counts[int(m) + 1]}
+
+
+def _below(
+    state: Mapping[str, torch.Tensor], prefix: str, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with ``prefix``, without it, on ``device``."""
+    return {k.removeprefix(prefix): t.to(device) for k, t in state.items() if k.startswith(prefix)}

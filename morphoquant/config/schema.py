@@ -159,6 +159,11 @@ class TrackerConfig(Strict):
 class PathsConfig(Strict):
     runs: str = "runs"
     cache: str = ".cache/morphoquant"
+    share_artifacts: bool = True
+    """Keep encoded calibration prompts, activation statistics and content hashes below ``cache``
+    for other runs; false computes everything and keeps nothing."""
+    cache_limit_gb: Annotated[float, Field(gt=0.0)] = 20.0
+    """GiB that these may take together; what was not used for longest goes first."""
 
 
 class StatisticsConfig(Strict):

@@ -23,6 +23,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -276,12 +277,20 @@ def _write(folder: Path, evaluation: int, calibration: int) -> str:
     return digest.hexdigest()
 
 
+@lru_cache(maxsize=8192)
+def _file_hash(path: Path, size: int, modified: int, changed: int) -> str:
+    """sha256 of a file, once per process: every task of every job asks for all of them."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    state = path.stat()
+    return _file_hash(path.absolute(), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
 def _hashes(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
+    return {path.relative_to(folder).as_posix(): _hash(path) for path in files}
 
 
 def is_intact(root: Path, evaluation: int = EVALUATION, calibration: int = CALIBRATION) -> bool:

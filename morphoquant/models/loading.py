@@ -150,14 +150,23 @@ def _is_read(name: str) -> bool:
     return name.endswith(".json") and any(part in name for part in parts)
 
 
-def model_hash(config: ModelConfig) -> str:
-    """Identity of the weights: sha256 over the files of a local checkpoint, or the hub revision."""
+def read_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that loading reads: a model card or a log changes nothing."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and _is_read(p.name))
+
+
+def model_hash(config: ModelConfig, weights: bool = True) -> str:
+    """Identity of a checkpoint: sha256 over the files of a local one, or the hub revision.
+
+    Args:
+        config: where it is.
+        weights: with them; without, what tokenizes and processes prompts.
+    """
     folder = resolve(config)
     if folder is None:
         return f"hub:{config.path}@{config.revision or 'main'}"
     digest = hashlib.sha256()
-    # Only what loading reads: a model card or a log beside the weights changes nothing.
-    relevant = sorted(p for p in folder.iterdir() if p.is_file() and _is_read(p.name))
+    relevant = [p for p in read_files(folder) if weights or p.suffix != ".safetensors"]
     for path in relevant:
         digest.update(path.name.encode())
         state = path.stat()

@@ -47,6 +47,7 @@ from morphoquant.quantization.mdqfo import Search
 from morphoquant.quantization.measure import ErrorMeter
 from morphoquant.quantization.mixed import ExcludingQuantizer
 from morphoquant.quantization.modality import ModalityScale
+from morphoquant.quantization.observation import Observation, Recall
 from morphoquant.quantization.rounding import (
     GroupData,
     method_of,
@@ -87,6 +88,9 @@ class BlockQuantizer:
         moments: scores of all layers, for masks with a global rule (see ``survey``).
         meter: measures errors on probe prompts, where the walk is given some.
         labels: the modality of the tokens under way; needed where ``needs_labels``.
+        recall: gives the statistics of a block that were taken before, in place of observing them;
+            statistics prompts then pass for what else needs them.
+        taken: where given, filled with all statistics that ranges and masks were chosen from.
     """
 
     method: MethodConfig
@@ -101,6 +105,8 @@ class BlockQuantizer:
     histograms: bool = False
     meter: ErrorMeter = field(default_factory=ErrorMeter)
     labels: TokenLabels = field(default_factory=TokenLabels)
+    recall: Recall | None = None
+    taken: dict[tuple[str, str], ModalityStatistics] | None = None
 
     @property
     def quantizes_activations(self) -> bool:
@@ -147,6 +153,16 @@ class BlockQuantizer:
             return True
         by_branch = self.biases or needs_moments_by_kind(self.method, self.bits)
         return by_range or (by_branch and self.method.compensation.per_modality)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether masks, ranges or scales are chosen from statistics."""
+        return self.is_static or self.masks_channels or self.scales_tensors
+
+    @property
+    def keeps_histograms(self) -> bool:
+        percentile = self.method.activation.range.name == "percentile"
+        return self.histograms or (self.is_static and percentile)
 
     @property
     def manifest(self) -> Manifest:
@@ -234,18 +250,12 @@ class BlockQuantizer:
 
     def _observe(self, at: Visit, segments: list[Segment], move: bool) -> None:
         """Statistics of every group's input by modality, and the choices that follow from them."""
-        found: dict[str, ModalityStatistics] = {}
-
-        def see(group: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
-            if group.name not in found:
-                percentile = self.method.activation.range.name == "percentile"
-                histograms = self.histograms or (self.is_static and percentile)
-                found[group.name] = ModalityStatistics(x.shape[-1], x.device, histograms)
-            found[group.name].update(x, labels)
-
-        needed = self.is_static or self.masks_channels or self.scales_tensors
-        self._run(at, segments, move, see if needed or self.observe else None)
-        if needed:
+        seen = Observation(self.keeps_histograms)
+        watched = self.recall is None and (self.chooses or self.observe)
+        if watched or move:
+            self._run(at, segments, move, seen if watched else None)
+        found = seen.found if self.recall is None else self.recall(at.block)
+        if self.chooses:
             if not found:
                 raise unreached(at.block, "whose static ranges or masks are to be set")
             for group in at.block.groups:
@@ -259,9 +269,12 @@ class BlockQuantizer:
                 if self.is_static:
                     mask = self.masks.get(key)
                     self.choices[key] = start_choice(self.method, statistics, mask)
-        if self.observe:
-            for name, statistics in found.items():
-                self.collected[at.block.name, name] = statistics.cpu()
+        for name, statistics in found.items():
+            statistics.cpu()
+            if self.observe:
+                self.collected[at.block.name, name] = statistics
+            if self.taken is not None:
+                self.taken[at.block.name, name] = statistics
 
     def _pass_on(self, at: Visit, segments: list[Segment], move: bool) -> None:
         self._run(at, segments, move, None)

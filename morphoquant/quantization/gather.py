@@ -19,6 +19,11 @@ from morphoquant.quantization.rounding import (
 MAX_TOKENS = 512  # that a clip search looks at (SPEC 4.3)
 
 
+def gathers(method: MethodConfig, bits: BitsConfig) -> bool:
+    """Whether rounding looks at activations at all."""
+    return needs_second_moment(method, bits) or needs_tokens(method, bits)
+
+
 class Gathered:
     """Second moment and some tokens of one input group, where the method asks for them.
 

@@ -8,7 +8,7 @@ the survey's decoder reads the tower as it still is.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,9 +17,11 @@ from morphoquant.calibration.statistics import ModalityStatistics
 from morphoquant.calibration.walk import Segment, observing, run_block, walk
 from morphoquant.config.schema import BitsConfig, MethodConfig
 from morphoquant.models.adapter import Batch, OmniAdapter
-from morphoquant.models.structure import Block, InputGroup, Tower
+from morphoquant.models.structure import Block, Tower
+from morphoquant.quantization.gather import gathers
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.masks import ScoreMoments, score_moments, score_of, views
+from morphoquant.quantization.observation import Observation, Recall
 from morphoquant.quantization.rounding import rounds_late
 from morphoquant.quantization.weights import quantize_weight
 
@@ -34,7 +36,6 @@ class Surveyor:
 
     def visit(self, index: int, block: Block, segments: dict[str, list[Segment]]) -> None:
         """Score the block's groups behind rounded weights and pass the prompts on."""
-        config = self.method.compensation.mask
         width = 16 if rounds_late(self.method, self.bits) else self.bits.weight
         originals = {n: block.linear(n) for group in block.groups for n in group.linears}
         for group in block.groups:
@@ -44,14 +45,8 @@ class Surveyor:
                 linear = plain(originals[name])
                 weight = quantize_weight(linear.weight, self.method.weight, width)
                 block.replace(name, QuantizedLinear(weight.dequantized, linear.bias, source))
-        found: dict[str, ModalityStatistics] = {}
+        see = Observation(histograms=False)
         current: list[torch.Tensor] = []
-
-        def see(group: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
-            if group.name not in found:
-                found[group.name] = ModalityStatistics(x.shape[-1], x.device, histograms=False)
-            found[group.name].update(x, labels)
-
         for prompts in segments.values():
             for segment in prompts:
                 current[:] = [segment.labels]
@@ -59,12 +54,52 @@ class Surveyor:
                     segment.hidden = run_block(block, index, segment)
         for name, module in originals.items():
             block.replace(name, module)
+        self.score(block, see.found)
+
+    def score(self, block: Block, found: Mapping[str, ModalityStatistics]) -> None:
+        """Take the scores of a block from the statistics of its groups' inputs."""
+        config = self.method.compensation.mask
         for group in block.groups:
             if group.name not in found:
                 continue
             for view, part in views(found[group.name], config).items():
                 score = score_of(part, config).cpu()
                 self.scores.setdefault(view, []).append((score, len(group.linears)))
+
+    def moments(self) -> dict[str, ScoreMoments]:
+        """Moments of the scores of all layers, per view."""
+        config = self.method.compensation.mask
+        return {view: score_moments(scores, config) for view, scores in self.scores.items()}
+
+
+def surveys(method: MethodConfig) -> bool:
+    """Whether masks are chosen by the scores of all layers."""
+    return method.compensation.name != "none" and "global" in method.compensation.mask.rules
+
+
+def recalled(
+    method: MethodConfig, bits: BitsConfig, blocks: Iterable[Block], recall: Recall
+) -> Mapping[str, ScoreMoments]:
+    """What :func:`survey` finds, from statistics that were taken behind the same weights.
+
+    Args:
+        method, bits: mask rules, and how weights were rounded.
+        blocks: of the tower in scope, in order.
+        recall: the statistics.
+    """
+    surveyor = Surveyor(method, bits)
+    for block in blocks:
+        surveyor.score(block, recall(block))
+    return surveyor.moments()
+
+
+def sees_the_walk(method: MethodConfig, bits: BitsConfig, towers: Sequence[Tower]) -> bool:
+    """Whether a survey and the walk's own observation see the same activations.
+
+    They do where weights are rounded as the survey rounds them, and where no tower in front of the
+    decoder is quantized meanwhile.
+    """
+    return len(towers) == 1 and not gathers(method, bits) and not rounds_late(method, bits)
 
 
 def survey(
@@ -82,9 +117,8 @@ def survey(
         batches: the encoded prompts that statistics are taken from.
         method, bits: mask rules, and how weights are rounded meanwhile.
     """
-    if method.compensation.name == "none" or "global" not in method.compensation.mask.rules:
+    if not surveys(method):
         return None
     surveyor = Surveyor(method, bits)
     walk(adapter, towers, {"statistics": batches}, surveyor)
-    config = method.compensation.mask
-    return {view: score_moments(scores, config) for view, scores in surveyor.scores.items()}
+    return surveyor.moments()

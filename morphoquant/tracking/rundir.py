@@ -4,7 +4,7 @@
 
     <runs>/<name>-<fingerprint>/
         config.yaml       the configuration, every field
-    identity.json     what makes this run this run
+        identity.json     what makes this run this run; under "about": files' hashes, git commit
         answers/          <task>.jsonl, one line per answered question, as they come
         manifest.json     every linear in scope: what was done to it, how often it ran
         samples.parquet   every question with its answer and verdict
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from morphoquant.errors import HarnessError
+from morphoquant.tracking.differences import ABOUT, IDENTITY, RESULT, explain
 from morphoquant.tracking.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESULT, IDENTITY = "result.json", "identity.json"
 NAME_DIGITS = 10  # of the fingerprint, in the directory's name
 
 
@@ -93,8 +93,20 @@ class RunDirectory:
         self.fingerprint = fingerprint(identity)
 
     @classmethod
-    def open(cls, root: Path, name: str, identity: dict[str, Any]) -> RunDirectory:
-        """Make the directory, or take it up again.
+    def open(
+        cls,
+        root: Path,
+        name: str,
+        identity: dict[str, Any],
+        about: Callable[[], dict[str, Any]] | None = None,
+    ) -> RunDirectory:
+        """Make the directory, or take it up again; say what a new one has new.
+
+        Args:
+            root: the folder of all runs.
+            name: of the run; the fingerprint is put behind it.
+            identity: what makes this run this run.
+            about: what else ``identity.json`` tells, outside of the fingerprint; asked once.
 
         Raises:
             StorageError: it cannot be made.
@@ -104,8 +116,12 @@ class RunDirectory:
         with _storing(path):
             path.mkdir(parents=True, exist_ok=True)
         if not (path / IDENTITY).is_file():
+            told = identity if about is None else identity | {ABOUT: about()}
+            reason = explain(path.parent, name, told)
+            if reason is not None:
+                log.info("new: %s is %s", path.name, reason)
             directory.write_text("config.yaml", OmegaConf.to_yaml(identity.get("config", {})))
-            directory.write_json(IDENTITY, identity)
+            directory.write_json(IDENTITY, told)
         return directory
 
     @property

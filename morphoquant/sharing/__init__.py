@@ -1,0 +1,1 @@
+"""What runs have in common is computed once: artifacts, encoded prompts, statistics, hashes."""
