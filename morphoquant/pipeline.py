@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from morphoquant import evaluation
 from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig, TrackerConfig
+from morphoquant.objective import HeldOut
 from morphoquant.quantize import (
     InvariantError,
     agreement,
@@ -29,7 +30,7 @@ from morphoquant.tracking.clock import Clock
 from morphoquant.tracking.fingerprint import code_hash, fingerprint, package_versions
 from morphoquant.tracking.progress import progress_callback
 from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory, write_atomic
-from morphoquant.tracking.wandb_mirror import Tracker, open_tracker
+from morphoquant.tracking.wandb_mirror import Tracker, open_tracker, waits_for_result
 
 if TYPE_CHECKING:
     from morphoquant.calibration.samples import Calibration
@@ -42,7 +43,12 @@ PROBES_PER_MODALITY = 2
 def reference_config(config: RunConfig) -> RunConfig:
     """The same run with nothing quantized: what every table compares with."""
     return config.model_copy(
-        update={"method": MethodConfig(), "bits": BitsConfig(), "reference": False}
+        update={
+            "method": MethodConfig(),
+            "bits": BitsConfig(),
+            "reference": False,
+            "objective": None,
+        }
     )
 
 
@@ -62,6 +68,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     with directory.lock():
         if directory.finished:
             log.info("reused: %s is finished", directory.path)
+            if waits_for_result():
+                tracker = _tracker(config, directory)
+                tracker.summary(flat(directory.result()))
+                tracker.finish()
             return directory.result()
         tracker = _tracker(config, directory)
         try:
@@ -100,6 +110,7 @@ def _prepare(config: RunConfig) -> Prepared:
     if not config.calibration.allow_leakage:
         check_disjoint(calibration.ids, questions)
     left_out: dict[str, Any] = {"tracker": True, "paths": True, "reference": True, "report": True}
+    left_out["objective"] = True  # which of the result's numbers is handed on
     left_out["statistics"] = {"figures"}
     if not reads_calibration(config):
         left_out |= {"calibration": True, "statistics": True}
@@ -161,6 +172,7 @@ def _execute(
     towers = [t for t in ("vision", "audio", "decoder") if getattr(config.model.scope, t)]
     with clock.phase("quantize"):
         before = adapter.logits(probe)
+        held_out = HeldOut(adapter, prepared.calibration, config.calibration.batch_size)
         drift = transform(config, adapter, prepared.calibration, probe, before, directory)
         # Compared with the rewritten network: its own rounding must not pass for quantization.
         plain = before if drift is None else adapter.logits(probe)
@@ -168,6 +180,7 @@ def _execute(
         cache = quantize_cache(config, adapter)
         after = adapter.logits(probe)
         moved = agreement(config, plain, after, [sample.modality for sample in asked])
+        measured = held_out.measure(adapter)
     blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]
     manifest = quantizer.manifest if quantizer.records else describe_scope(blocks)
     directory.write_json("manifest.json", manifest.to_dict())
@@ -196,6 +209,7 @@ def _execute(
     clock.seconds["total"] = time.perf_counter() - started
     accuracy = found.by_benchmark()
     tracker.log({f"accuracy/{name}": row["value"] for name, row in accuracy.items()})
+    tracker.log({f"held_out/{name}": number for name, number in (measured or {}).items()})
     return {
         "fingerprint": directory.fingerprint,
         "name": _name(config),
@@ -220,7 +234,8 @@ def _execute(
         "question_ids": prepared.identity["question_ids"],
         "accuracy": accuracy,
         "modality": found.by_modality(),
-        "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy),
+        "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy) if accuracy else None,
+        "held_out": measured,
         "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
         "compensation": manifest.compensation_cost(),
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},

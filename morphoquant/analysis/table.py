@@ -151,8 +151,11 @@ def comparison(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
             row[name] = found["value"] if found else math.nan
             base = reference["accuracy"].get(name) if reference else None
             row[f"Δ {name}"] = found["value"] - base["value"] if found and base else math.nan
-        row["mean"] = run["mean"]
-        row["Δ mean"] = run["mean"] - reference["mean"] if reference else math.nan
+        row["mean"] = math.nan if run["mean"] is None else run["mean"]
+        asked = reference is not None and reference["mean"] is not None
+        row["Δ mean"] = run["mean"] - reference["mean"] if reference and asked else math.nan
+        if any(r.get("held_out") for r in runs):
+            row["held-out KL"] = (run.get("held_out") or {}).get("kl", math.nan)
         row["W bits"] = run["bits"]["weight"]
         row["A bits"] = run["bits"]["activation"]
         row["empty"] = sum(found["empty"] for found in run["accuracy"].values())

@@ -23,6 +23,7 @@ def check(cfg: RunConfig) -> None:
         *_compensation(cfg),
         *_model(cfg),
         *_data(cfg),
+        *_objective(cfg),
     ]
     if broken:
         raise ConfigError("\n".join(broken))
@@ -344,3 +345,30 @@ def _data(cfg: RunConfig) -> Iterator[str]:
     repeated = {t for t in cfg.benchmark.tasks if cfg.benchmark.tasks.count(t) > 1}
     if repeated:
         yield f"benchmark.tasks: named twice: {', '.join(sorted(repeated))}. Name each once."
+
+
+def _objective(cfg: RunConfig) -> Iterator[str]:
+    tasks, held_out = cfg.benchmark.tasks, cfg.benchmark.held_out
+    if not tasks and cfg.benchmark.name != "none":
+        yield (
+            f"benchmark.tasks=[] with benchmark.name={cfg.benchmark.name!r}: nothing would be "
+            "asked. Name at least 1 task, or set benchmark=none to quantize and measure only."
+        )
+    if not tasks and cfg.report in ("ablation", "table3"):
+        yield (
+            f"report={cfg.report!r} with benchmark={cfg.benchmark.name}: it compares answers. Set "
+            "benchmark=mini, or report=comparison."
+        )
+    if cfg.objective == "kl" and cfg.calibration.held_out_samples == 0:
+        yield (
+            "objective='kl' with calibration.held_out_samples=0: it is measured on prompts that "
+            "neither statistics nor the search have seen. Set calibration.held_out_samples=64."
+        )
+    if cfg.objective == "held_out_accuracy" and not held_out:
+        yield (
+            f"objective='held_out_accuracy' with benchmark={cfg.benchmark.name}: what is tuned on "
+            "a benchmark cannot be reported on it. Set benchmark=mini_held_out (or, for a real "
+            "model, scienceqa_validation)."
+        )
+    if cfg.report == "trials" and cfg.objective is None:
+        yield "report='trials' with objective=null: nothing to sort by. Set objective=kl."
