@@ -48,6 +48,7 @@ def reference_config(config: RunConfig) -> RunConfig:
             "bits": BitsConfig(),
             "reference": False,
             "objective": None,
+            "tracker": TrackerConfig(name="none") if waits_for_result() else config.tracker,
         }
     )
 

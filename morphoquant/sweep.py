@@ -118,9 +118,10 @@ def run_job(cfg: DictConfig) -> float | None:
     if sweep is None:
         _show([directory], config)
     else:
-        done: notes.Note = {"overrides": overrides, "run": directory}
-        note = done if value is None else done | {"objective": value}
-        notes.leave(sweep, int(hydra.job.num), note)
+        done: notes.Note = {"overrides": overrides, "arguments": task, "run": directory}
+        if value is not None:
+            done |= {"objective": value, "objective_name": config.objective}
+        notes.leave(sweep, int(hydra.job.num), done)
     return value
 
 

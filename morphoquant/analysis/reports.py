@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from morphoquant.analysis import table
 from morphoquant.analysis.table import Report
 
-Notes = Sequence[Mapping[str, str]]
+Notes = Sequence[Mapping[str, Any]]
 """What the jobs of a sweep left: ``overrides`` with either ``run`` or ``error``."""
 
 
@@ -42,10 +43,17 @@ def _table3(notes: Notes, root: Path | None) -> Report:
     return table3(notes, root)
 
 
+def _trials(notes: Notes, root: Path | None) -> Report:
+    from morphoquant.analysis.trials import trials
+
+    return trials(notes, root)
+
+
 REPORTS: dict[str, Callable[[Notes, Path | None], Report]] = {
     "comparison": comparison,
     "ablation": _ablation,
     "table3": _table3,
+    "trials": _trials,
 }
 """One maker for every value of ``report`` in the config."""
 

@@ -52,6 +52,11 @@ def explain_hydra(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = list(error.options or ())
+        if (group, choice) == ("hydra/sweeper", "optuna"):
+            return (
+                "hydra/sweeper=optuna: its plugin is not installed. Install it: "
+                "pip install 'morphoquant[tune]'."
+            )
         if not group or not options:
             return str(error).splitlines()[0]
         hint = did_you_mean(choice, options)

@@ -44,10 +44,11 @@ def launch(
     sweep = Path(str(config.hydra.sweep.dir))
     jobs = dict(enumerate(overrides, first))
     log.info("Starting %d jobs: %s", len(jobs), how)
-    for number, given in jobs.items():
-        log.info("#%d %s", number, words(given))
+    told = _labels(jobs)
+    for number in jobs:
+        log.info("#%d %s", number, told[number])
     (sweep / notes.JOBS).mkdir(parents=True, exist_ok=True)
-    with _watched(sweep, jobs):
+    with _watched(sweep, told):
         reasons = dict(start(jobs))
     notes.wait_for(sweep, (number for number in jobs if number not in reasons))
     for number, given in jobs.items():
@@ -61,6 +62,13 @@ def words(overrides: Sequence[str]) -> str:
     return " ".join(filter_overrides(overrides))
 
 
+def _labels(jobs: Jobs) -> dict[int, str]:
+    """Each job by what it does not share with all others."""
+    shared = set.intersection(*(set(given) for given in jobs.values()))
+    own = {n: [o for o in given if o not in shared] for n, given in jobs.items()}
+    return {n: words(own[n] or jobs[n]) for n in jobs}
+
+
 def _returned(note: notes.Note | None) -> JobReturn:
     found = JobReturn()
     # Completed even where it failed: Hydra would raise, and the other jobs' table be lost.
@@ -70,10 +78,10 @@ def _returned(note: notes.Note | None) -> JobReturn:
 
 
 @contextmanager
-def _watched(sweep: Path, jobs: Jobs) -> Iterator[None]:
+def _watched(sweep: Path, labels: Mapping[int, str]) -> Iterator[None]:
     """A line for every job that ends, with how many are left and for about how long."""
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(sweep, jobs, over), daemon=True)
+    thread = threading.Thread(target=_watch, args=(sweep, labels, over), daemon=True)
     thread.start()
     try:
         yield
@@ -82,8 +90,8 @@ def _watched(sweep: Path, jobs: Jobs) -> Iterator[None]:
         thread.join()
 
 
-def _watch(sweep: Path, jobs: Jobs, over: threading.Event) -> None:
-    started, waiting = time.monotonic(), dict(jobs)
+def _watch(sweep: Path, labels: Mapping[int, str], over: threading.Event) -> None:
+    started, waiting = time.monotonic(), dict(labels)
     last = False
     while waiting and not last:
         last = over.wait(WATCH_S)  # after the end, look once more
@@ -91,16 +99,16 @@ def _watch(sweep: Path, jobs: Jobs, over: threading.Event) -> None:
             note = notes.read(sweep, number)
             if note is None or not notes.is_settled(note):
                 continue
-            given = waiting.pop(number)
-            done, spent = len(jobs) - len(waiting), time.monotonic() - started
+            label = waiting.pop(number)
+            done, spent = len(labels) - len(waiting), time.monotonic() - started
             left = duration(spent / done * len(waiting))
             log.info(
                 "#%d %s: %s (%d/%d jobs, %s, about %s left)",
                 number,
-                words(given),
+                label,
                 "failed" if "error" in note else "done",
                 done,
-                len(jobs),
+                len(labels),
                 duration(spent),
                 left,
             )
