@@ -38,10 +38,11 @@ log = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
+WISH = "MORPHOQUANT_FULL_ERROR"  # what the user set it to, for jobs in other processes
 
 _failures: list[int] = []
 _open: list[Callable[[BaseException], None]] = []  # what ends a sweep whose launcher gave up
-_full_error = os.environ.get(FULL_ERROR) == "1"
+_full_error = os.environ.get(WISH, os.environ.get(FULL_ERROR)) == "1"
 
 
 def entry(main: Callable[[], Any]) -> int:
@@ -50,6 +51,7 @@ def entry(main: Callable[[], Any]) -> int:
     0: every job came through; 1: a run failed; 2: the configuration was refused.
     """
     before = os.environ.get(FULL_ERROR)
+    os.environ[WISH] = before or "0"
     os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         main()
@@ -61,6 +63,7 @@ def entry(main: Callable[[], Any]) -> int:
             raise
         _open.pop()(error)  # a launcher or sweeper gave up: what came through still makes a table
     finally:
+        os.environ.pop(WISH, None)
         if before is None:
             os.environ.pop(FULL_ERROR, None)
     return max(_failures, default=0)
