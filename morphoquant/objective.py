@@ -62,9 +62,7 @@ class HeldOut:
         return found
 
 
-def divergence(
-    before: torch.Tensor, after: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def divergence(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(before || after) in nats, and whether the best token is the same.
 
     Args:

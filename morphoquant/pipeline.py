@@ -235,7 +235,9 @@ def _execute(
         "question_ids": prepared.identity["question_ids"],
         "accuracy": accuracy,
         "modality": found.by_modality(),
-        "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy) if accuracy else None,
+        "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy)
+        if accuracy
+        else None,
         "held_out": measured,
         "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
         "compensation": manifest.compensation_cost(),

@@ -141,9 +141,7 @@ def _show(directories: list[str], config: RunConfig) -> None:
     print(f"Run: {directories[0]}")
 
 
-def _finish(
-    found: list[notes.Note], config: RunConfig, composed: DictConfig, sweep: Path
-) -> None:
+def _finish(found: list[notes.Note], config: RunConfig, composed: DictConfig, sweep: Path) -> None:
     """The table that the sweep was made for: in the terminal, beside its notes, in the tracker."""
     from morphoquant.analysis.reports import make_report
     from morphoquant.tracking.rundir import write_atomic

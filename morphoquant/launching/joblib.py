@@ -78,5 +78,3 @@ class Joblib(JoblibLauncher):
                 failed: Future[Any] = Future()
                 failed.set_exception(error)
                 yield failed, number
-
-

@@ -77,4 +77,6 @@ def bury(sweep: Path, number: int, overrides: str, reason: str) -> None:
     if is_settled(note):
         return
     began = f" It ran on {note['began']}." if note and "began" in note else " It never began."
-    leave(sweep, number, {"overrides": overrides, "error": f"died without a word: {reason}.{began}"})
+    leave(
+        sweep, number, {"overrides": overrides, "error": f"died without a word: {reason}.{began}"}
+    )

@@ -52,9 +52,7 @@ class _Submitit(BaseSubmititLauncher):
         given = {k: v for k, v in self.params.items() if k not in OURS}
         shared = set(OmegaConf.structured(BaseQueueConf).keys())
         folder = {"folder": str(Path(str(given["submitit_folder"])).absolute())}
-        retries = {
-            f"{self._EXECUTOR}_{k}": given[k] for k in ("max_num_timeout",) if k in given
-        }
+        retries = {f"{self._EXECUTOR}_{k}": given[k] for k in ("max_num_timeout",) if k in given}
         executor = submitit.AutoExecutor(cluster=self._EXECUTOR, **folder, **retries)
         settings = {k: v for k, v in given.items() if k not in OF_EXECUTOR}
         executor.update_parameters(

@@ -27,9 +27,7 @@ def light(tmp_path: Path) -> dict[str, str]:
     folder.mkdir()
     shutil.copy(HERE / "light_pipeline.py", folder)
     (folder / "sitecustomize.py").write_text(
-        "import sys\n"
-        "import light_pipeline\n"
-        "sys.modules['morphoquant.pipeline'] = light_pipeline\n"
+        "import sys\nimport light_pipeline\nsys.modules['morphoquant.pipeline'] = light_pipeline\n"
     )
     path = os.pathsep.join((str(folder), str(ROOT)))
     kept = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}

@@ -57,9 +57,7 @@ def test_same_table_as_one_after_the_other(tmp_path: Path, done: Done, launcher:
 
 
 @pytest.mark.parametrize("launcher", PARALLEL)
-def test_a_killed_job_costs_the_others_nothing(
-    tmp_path: Path, done: Done, launcher: str
-) -> None:
+def test_a_killed_job_costs_the_others_nothing(tmp_path: Path, done: Done, launcher: str) -> None:
     found = done("-m", "method=quarot,rtn_static,rtn,morphoquant", f"hydra/launcher={launcher}")
     assert found.returncode == 1, found.stderr
     assert "Traceback" not in found.stderr
