@@ -245,7 +245,7 @@ class SweepCallback(Callback):
                 about = {"report": known.report, "overrides": given, "sweep": sweep.name}
                 write_atomic(sweep / ABOUT, lambda p: _write(p, json.dumps(about)))
                 _finish(found, known, config, sweep)
-        except HarnessError as error:
+        except Exception as error:  # Hydra would make a warning of it
             _failures.append(EXIT_FAILED)
             complain(error, "The table could not be made:")
         for note in failed:

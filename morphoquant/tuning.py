@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from morphoquant.config import ConfigError, RunConfig, load
@@ -80,14 +81,16 @@ def best_command(config: DictConfig, notes: Sequence[Mapping[str, Any]]) -> str 
         return None
     loader = GlobalHydra.instance().config_loader()
 
-    def composed(arguments: list[str]) -> dict[str, Any]:
-        whole = load(loader.load_sweep_config(config, arguments)).model_dump(mode="json")
+    def compared(cfg: DictConfig) -> dict[str, Any]:
+        whole = load(cfg).model_dump(mode="json")
         return dict(_leaves("", {name: whole[name] for name in COMPARED}))
 
     kept = [a for a in found["arguments"] if _key(a) not in OF_TUNING]
     if not any(_key(argument) == "method" for argument in kept):
         kept.insert(0, f"method={config.hydra.runtime.choices.method}")
-    tried, plain = composed(list(found["arguments"])), composed(kept)
+    tried = compared(loader.load_sweep_config(config, list(found["arguments"])))
+    # Afresh: what was said of the sweeper means nothing to a single run.
+    plain = compared(loader.load_configuration(config.hydra.job.config_name, kept, RunMode.RUN))
     missing = [
         f"{path}={_literal(value)}"
         for path, value in tried.items()

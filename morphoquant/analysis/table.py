@@ -233,7 +233,7 @@ def caveats(runs: Sequence[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, str]]) -> pd.DataFrame:
+def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """The table with a row for every job of a sweep that failed (no numbers)."""
     rows = [
         {"method": note.get("method", note["overrides"]), "scheme": note.get("scheme", "failed")}
@@ -242,7 +242,7 @@ def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, str]]) -> pd.D
     return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True) if rows else frame
 
 
-def failure_notes(failed: Sequence[dict[str, str]]) -> list[str]:
+def failure_notes(failed: Sequence[dict[str, Any]]) -> list[str]:
     """Why each failed job failed, on one line each."""
     return [f"Failed: {note['overrides']}: {' '.join(note['error'].split())}" for note in failed]
 
@@ -263,7 +263,7 @@ def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             elif column in ("empty", "unparsed"):
                 text = f"{int(value)}"
             elif column.endswith("KL"):
-                text = f"{value:.4f}"
+                text = f"{value:.3g}"
             elif column.endswith("bits"):
                 text = f"{value:.2f}"
             else:

@@ -156,8 +156,8 @@ def load_samples(config: CalibrationConfig, mini_root: Path | None = None) -> Ca
                     )
     if len(drawn) < wanted:
         raise CalibrationError(
-            f"calibration.samples + search_samples + held_out_samples asks for {wanted} prompts, the "
-            f"sources hold {len(drawn)}; lower one or add a source"
+            f"calibration.samples + search_samples + held_out_samples asks for {wanted} prompts, "
+            f"the sources hold {len(drawn)}; lower one or add a source"
         )
     ids = tuple(name for name, _ in drawn)
     samples = tuple(sample for _, sample in drawn)

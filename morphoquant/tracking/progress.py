@@ -50,8 +50,9 @@ class _Lines:
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
             share = 100 * self.done / max(self.total, 1)
+            title = f"{_prefix or ''}{self.title}"
             print(
-                f"{_prefix or ''}{self.title}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
+                f"{title}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
                 f"{speed(rate)}, {duration(left)} left",
                 file=sys.stderr,
                 flush=True,

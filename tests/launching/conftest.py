@@ -39,9 +39,9 @@ def command(tmp_path: Path, light: dict[str, str]) -> Callable[..., subprocess.P
     """Starts ``run.py`` in a folder of its own, with a relative ``paths.runs``."""
 
     def start(*arguments: str, runs: str = "runs") -> subprocess.Popen[str]:
+        fixed = (f"paths.runs={runs}", "tracker=none")
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *arguments]
-            + [f"paths.runs={runs}", "tracker=none"],
+            [sys.executable, str(ROOT / "run.py"), *arguments, *fixed],
             cwd=tmp_path,
             env=light,
             text=True,

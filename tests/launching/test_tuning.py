@@ -1,4 +1,4 @@
-"""Sweepers that optimise: never a benchmark, the same trials for the same seed, a command at the end."""
+"""Sweepers that optimise: never on a benchmark, repeatable, with a command at the end."""
 
 from __future__ import annotations
 
@@ -121,8 +121,12 @@ def test_every_launcher_and_experiment_of_this_kind_composes() -> None:
             assert load(chosen).objective is None
         cluster = compose(
             "config",
-            overrides=["hydra/launcher=slurm", "hydra.launcher.partition=gpu"]
-            + ["hydra.launcher.timeout_min=60", "hydra.launcher.mem_gb=32"],
+            overrides=[
+                "hydra/launcher=slurm",
+                "hydra.launcher.partition=gpu",
+                "hydra.launcher.timeout_min=60",
+                "hydra.launcher.mem_gb=32",
+            ],
             return_hydra_config=True,
         ).hydra.launcher
         assert (cluster.partition, cluster.timeout_min, cluster.mem_gb) == ("gpu", 60, 32)
