@@ -223,8 +223,9 @@ class SweepCallback(Callback):
         complain(error, "The sweep ended early:")
         _failures.append(EXIT_FAILED)
         sweep, reason = Path(config.hydra.sweep.dir), f"{type(error).__name__}: {error}"
-        for number, overrides in enumerate(self._jobs):
-            notes.bury(sweep, number, " ".join(overrides), reason.splitlines()[0])
+        lost = notes.unsettled(sweep) | {n: " ".join(o) for n, o in enumerate(self._jobs)}
+        for number, overrides in lost.items():
+            notes.bury(sweep, number, overrides, reason.splitlines()[0])
         self.on_multirun_end(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

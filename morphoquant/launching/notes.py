@@ -60,6 +60,13 @@ def is_settled(note: Note | None) -> bool:
     return note is not None and ("run" in note or "error" in note)
 
 
+def unsettled(sweep: Path) -> dict[int, str]:
+    """Number -> overrides of the jobs that began and did not come to an end."""
+    numbers = (int(path.stem) for path in (Path(sweep) / JOBS).glob("*.json"))
+    found = {number: read(sweep, number) for number in numbers}
+    return {n: note["overrides"] for n, note in found.items() if note and not is_settled(note)}
+
+
 def wait_for(sweep: Path, numbers: Iterable[int], seconds: float = LAG_S) -> None:
     """Give the notes of finished jobs time to arrive from other hosts."""
     deadline = time.monotonic() + seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from morphoquant.analysis.sweeps import read_notes
 from morphoquant.analysis.trials import trials
-from morphoquant.config import load
+from morphoquant.config import ConfigError, load
 from morphoquant.config.store import register
 from morphoquant.errors import HarnessError
 from morphoquant.tuning import best
@@ -77,13 +78,6 @@ def test_a_study_without_any_good_trial_says_why(tmp_path: Path, done: Done) -> 
     [
         (("-m", "hydra/sweeper=optuna"), ["objective=null", "experiment=tune"]),
         ((*TUNE, "hydra.sweeper.direction=maximize"), ["direction=maximize", "minimize"]),
-        ((*TUNE, "calibration.held_out_samples=0"), ["calibration.held_out_samples=64"]),
-        (
-            (*TUNE, "objective=held_out_accuracy", "benchmark=mini"),
-            ["benchmark=mini", "mini_held_out"],
-        ),
-        (("-m", "method=rtn", "report=trials"), ["report='trials'", "objective=null"]),
-        (("-m", "experiment=ablation", "benchmark=none"), ["report='ablation'", "benchmark=none"]),
     ],
 )
 def test_refused_before_the_first_job(
@@ -94,6 +88,25 @@ def test_refused_before_the_first_job(
     for word in words:
         assert word in found.stderr
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=tune", "calibration.held_out_samples=0"], "calibration.held_out_samples=64"),
+        (["objective=held_out_accuracy"], "benchmark=mini_held_out"),
+        (["report=trials"], "objective=null"),
+        (["experiment=ablation", "benchmark=none"], "benchmark=none"),
+        (["benchmark.tasks=[]"], "benchmark=none"),
+    ],
+)
+def test_what_does_not_go_together(overrides: list[str], words: str) -> None:
+    register()
+    with (
+        initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises(ConfigError, match=re.escape(words)),
+    ):
+        load(compose("config", overrides=overrides))
 
 
 def note(**values: object) -> dict[str, object]:
