@@ -76,6 +76,11 @@ def _unknown(path: str) -> str:
     from morphoquant.config.schema import RunConfig
 
     parts = path.split("@")[0].replace("/", ".").split(".")
+    if parts[0] == "hydra":
+        return (
+            f"{path}: no such field. `python run.py --cfg hydra` prints those there are (with your "
+            "hydra/launcher=... or hydra/sweeper=...); one more entry of a dictionary needs a +."
+        )
     for depth, part in enumerate(parts):
         known = _fields(parts[:depth], RunConfig)
         if depth == 0:

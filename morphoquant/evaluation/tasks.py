@@ -109,6 +109,7 @@ def _table() -> dict[str, Task]:
     sqa_img = "scienceqa/scienceqa_img.yaml"
     air = "air_bench/air_bench_foundation_{}.yaml".format
     sound, music = "air_bench_sound", "air_bench_music"
+    sci, vid = "scienceqa", "videomme"
     rows = (
         #    name, stock YAML, benchmark, set, folder, embedded
         Task("mini_mmmu", mmmu, "mmmu", "mmmu", "mmmu", True),
@@ -117,13 +118,13 @@ def _table() -> dict[str, Task]:
         Task("mini_air_bench_sound", air("sound"), "air_bench", sound, sound, True),
         Task("mini_air_bench_music", air("music"), "air_bench", music, music, True),
         Task("mini_held_out_mmmu", mmmu, "mmmu", "mmmu", "mmmu", True, held_out=True),
-        Task("mini_held_out_scienceqa", sqa, *["scienceqa"] * 3, True, held_out=True),
-        Task("mini_held_out_videomme", video, *["videomme"] * 3, True, held_out=True),
+        Task("mini_held_out_scienceqa", sqa, "scienceqa", sci, sci, True, held_out=True),
+        Task("mini_held_out_videomme", video, "videomme", vid, vid, True, held_out=True),
         Task("mini_held_out_sound", air("sound"), "air_bench", sound, sound, True, held_out=True),
         Task("mini_held_out_music", air("music"), "air_bench", music, music, True, held_out=True),
         Task("mmmu_val", mmmu, "mmmu", "mmmu", "mmmu"),
         Task("scienceqa", sqa, "scienceqa", "scienceqa", "scienceqa"),
-        Task("scienceqa_validation", sqa, *["scienceqa"] * 3, split="validation"),
+        Task("scienceqa_validation", sqa, "scienceqa", sci, sci, split="validation"),
         Task("scienceqa_img", sqa_img, "scienceqa", "scienceqa", "scienceqa_img"),
         Task("videomme", video, "videomme", "videomme", "videomme"),
         Task("air_bench_foundation_sound", air("sound"), "air_bench", "air_bench", "air_bench"),

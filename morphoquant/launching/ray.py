@@ -10,6 +10,7 @@ from hydra.core.utils import JobReturn, setup_globals
 from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher
 from omegaconf import OmegaConf, open_dict
 
+from morphoquant.errors import HarnessError
 from morphoquant.launching import gather
 
 
@@ -27,9 +28,8 @@ class Ray(RayLauncher):
 
     def _run_all(self, jobs: gather.Jobs) -> Mapping[int, str]:
         import ray
-        from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
 
-        start_ray(self.ray_cfg.init)
+        self._connect()
         references = {number: self._remote(number, given) for number, given in jobs.items()}
         reasons = {}
         for number, reference in references.items():
@@ -39,6 +39,29 @@ class Ray(RayLauncher):
                 lines = str(error).strip().splitlines() or [""]
                 reasons[number] = f"{type(error).__name__}: {lines[0]}"
         return reasons
+
+    def _connect(self) -> None:
+        """Start Ray, or join it; once more where a busy machine was too slow for Ray's patience.
+
+        Raises:
+            HarnessError: there is no Ray to run jobs.
+        """
+        import ray
+        from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
+
+        for is_last in (False, True):
+            try:
+                start_ray(self.ray_cfg.init)
+                return
+            except Exception as error:  # of several kinds, from gRPC to ValueError
+                ray.shutdown()
+                if is_last:
+                    said = (str(error).strip().splitlines() or [""])[0]
+                    raise HarnessError(
+                        f"Ray could not be reached: {type(error).__name__}: {said}. Look at "
+                        "hydra.launcher.ray.init (address=null starts it on this machine, "
+                        "address=auto joins the one that runs here)"
+                    ) from error
 
     def _remote(self, number: int, overrides: Sequence[str]) -> Any:
         from hydra_plugins.hydra_ray_launcher._launcher_util import launch_job_on_ray

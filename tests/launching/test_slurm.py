@@ -65,7 +65,7 @@ def test_one_array_of_jobs_with_the_users_resources(
         "hydra.launcher.timeout_min=90",
         "hydra.launcher.mem_gb=32",
         "hydra.launcher.array_parallelism=2",
-        "hydra.launcher.additional_parameters={mail-type: END}",
+        "+hydra.launcher.additional_parameters.mail-type=END",
     )
     assert found.returncode == 1, found.stderr  # one of them is killed
     script = (cluster / "submitted.sh").read_text()

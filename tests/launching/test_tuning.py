@@ -67,8 +67,7 @@ def test_trials_are_sorted_repeatable_and_end_in_a_command(tmp_path: Path, done:
 
 
 def test_a_study_without_any_good_trial_says_why(tmp_path: Path, done: Done) -> None:
-    found = done("experiment=tune", "method=rtn_static", "hydra.sweeper.n_trials=2",
-                 "hydra.sweeper.params={seed: 'choice(1,2)'}")  # fmt: skip
+    found = done("experiment=tune", "method=rtn_static", "hydra.sweeper.n_trials=2")
     assert found.returncode == 1
     assert "no room for rtn_static" in found.stderr
 
