@@ -55,7 +55,7 @@ def explain_hydra(error: BaseException) -> str:
         if (group, choice) == ("hydra/sweeper", "optuna"):
             return (
                 "hydra/sweeper=optuna: its plugin is not installed. Install it: "
-                "pip install 'morphoquant[tune]'."
+                "pip install -e '.[tune]' (in the project's folder)."
             )
         if not group or not options:
             return str(error).splitlines()[0]

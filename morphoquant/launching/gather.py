@@ -101,14 +101,7 @@ def _watch(sweep: Path, labels: Mapping[int, str], over: threading.Event) -> Non
                 continue
             label = waiting.pop(number)
             done, spent = len(labels) - len(waiting), time.monotonic() - started
-            left = duration(spent / done * len(waiting))
-            log.info(
-                "#%d %s: %s (%d/%d jobs, %s, about %s left)",
-                number,
-                label,
-                "failed" if "error" in note else "done",
-                done,
-                len(labels),
-                duration(spent),
-                left,
-            )
+            end = "failed" if "error" in note else "done"
+            more = f", about {duration(spent / done * len(waiting))} left" if waiting else ""
+            shown = (number, label, end, done, len(labels), duration(spent), more)
+            log.info("#%d %s: %s (%d/%d jobs, %s%s)", *shown)

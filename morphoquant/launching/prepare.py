@@ -24,7 +24,7 @@ GUARDED = {
 }
 """Plugin class -> module and class here that let one job's death cost the others nothing."""
 
-EXTRAS = {"hydra_ray_launcher": "morphoquant[ray]", "hydra_optuna_sweeper": "morphoquant[tune]"}
+EXTRAS = {"hydra_ray_launcher": ".[ray]", "hydra_optuna_sweeper": ".[tune]"}
 """Plugin -> what to give pip; the others come with the package."""
 
 
@@ -58,7 +58,7 @@ def how_to_install(target: str) -> str:
     """What to type where a plugin is missing."""
     for package, extra in EXTRAS.items():
         if package in target:
-            return f"Install it: pip install '{extra}'."
+            return f"Install it: pip install -e '{extra}' (in the project's folder)."
     return "Install it: pip install -e . (it is among the package's requirements)."
 
 

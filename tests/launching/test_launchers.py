@@ -114,8 +114,8 @@ def test_a_launcher_that_is_not_installed(tmp_path: Path, done: Done) -> None:
     )
     (tmp_path / "site" / "sitecustomize.py").write_text(hidden)
     for arguments, words in (
-        (("-m", "method=rtn,morphoquant", "hydra/launcher=ray"), "pip install 'morphoquant[ray]'"),
-        (("experiment=tune",), "pip install 'morphoquant[tune]'"),
+        (("-m", "method=rtn,morphoquant", "hydra/launcher=ray"), "pip install -e '.[ray]'"),
+        (("experiment=tune",), "pip install -e '.[tune]'"),
     ):
         found = done(*arguments)
         assert found.returncode == 2, found.stderr
