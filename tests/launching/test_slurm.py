@@ -81,5 +81,6 @@ def test_one_array_of_jobs_with_the_users_resources(
     assert "run" in first
     assert "run" in last
     assert "OUT_OF_MEMORY" in killed["error"]
-    assert list(sweep.glob(".submitit/**/*_log.err"))
+    assert list(sweep.glob(".submitit/**/*_submitted.pkl")), "its folder is the sweep's"
+    assert options["error"].startswith(str(sweep))
     assert "quarot" in (sweep / "table.md").read_text()
