@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from morphoquant import evaluation
 from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig, TrackerConfig
+from morphoquant.objective import HeldOut
 from morphoquant.quantize import (
     InvariantError,
     agreement,
@@ -37,7 +38,7 @@ from morphoquant.tracking.fingerprint import (
 )
 from morphoquant.tracking.progress import progress_callback
 from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory, write_atomic
-from morphoquant.tracking.wandb_mirror import Tracker, open_tracker
+from morphoquant.tracking.wandb_mirror import Tracker, open_tracker, waits_for_result
 
 if TYPE_CHECKING:
     from morphoquant.calibration.samples import Calibration
@@ -50,7 +51,13 @@ PROBES_PER_MODALITY = 2
 def reference_config(config: RunConfig) -> RunConfig:
     """The same run with nothing quantized: what every table compares with."""
     return config.model_copy(
-        update={"method": MethodConfig(), "bits": BitsConfig(), "reference": False}
+        update={
+            "method": MethodConfig(),
+            "bits": BitsConfig(),
+            "reference": False,
+            "objective": None,
+            "tracker": TrackerConfig(name="none") if waits_for_result() else config.tracker,
+        }
     )
 
 
@@ -76,6 +83,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         if directory.finished:
             word = "reused" if config.method.quantizes else "reference: reused"
             log.info("%s: %s is finished", word, directory.path)
+            if waits_for_result():
+                tracker = _tracker(config, directory)
+                tracker.summary(flat(directory.result()))
+                tracker.finish()
             return directory.result()
         tracker = _tracker(config, directory)
         try:
@@ -115,6 +126,7 @@ def _prepare(config: RunConfig) -> Prepared:
     store = open_store(config.paths)
     content, calibration = content_of(config, store)
     left_out: dict[str, Any] = {"tracker": True, "paths": True, "reference": True, "report": True}
+    left_out["objective"] = True  # which of the result's numbers is handed on
     left_out["statistics"] = {"figures"}
     if not reads_calibration(config):
         left_out |= {"calibration": True, "statistics": True}
@@ -166,6 +178,7 @@ def _execute(
     towers = [t for t in ("vision", "audio", "decoder") if getattr(config.model.scope, t)]
     with clock.phase("quantize"):
         before = adapter.logits(probe)
+        held_out = HeldOut(adapter, prepared.calibration, config.calibration.batch_size)
         drift = transform(config, adapter, prepared.calibration, probe, before, directory, prompts)
         # Compared with the rewritten network: its own rounding must not pass for quantization.
         plain = before if drift is None else adapter.logits(probe)
@@ -173,6 +186,7 @@ def _execute(
         cache = quantize_cache(config, adapter)
         after = adapter.logits(probe)
         moved = agreement(config, plain, after, [sample.modality for sample in asked])
+        measured = held_out.measure(adapter)
     blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]
     manifest = quantizer.manifest if quantizer.records else describe_scope(blocks)
     directory.write_json("manifest.json", manifest.to_dict())
@@ -201,6 +215,7 @@ def _execute(
     clock.seconds["total"] = time.perf_counter() - started
     accuracy = found.by_benchmark()
     tracker.log({f"accuracy/{name}": row["value"] for name, row in accuracy.items()})
+    tracker.log({f"held_out/{name}": number for name, number in (measured or {}).items()})
     return {
         "fingerprint": directory.fingerprint,
         "name": _name(config),
@@ -225,7 +240,10 @@ def _execute(
         "question_ids": prepared.identity["question_ids"],
         "accuracy": accuracy,
         "modality": found.by_modality(),
-        "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy),
+        "mean": sum(row["value"] for row in accuracy.values()) / len(accuracy)
+        if accuracy
+        else None,
+        "held_out": measured,
         "bits": {"weight": manifest.weight_bits, "activation": manifest.activation_bits},
         "compensation": manifest.compensation_cost(),
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},

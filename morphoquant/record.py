@@ -165,7 +165,10 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
 
 def flat(result: dict[str, Any]) -> dict[str, Any]:
     """Scalars of the result, for the tracker's summary."""
-    flat: dict[str, Any] = {"mean_accuracy": result["mean"]}
+    flat: dict[str, Any] = {}
+    if result["mean"] is not None:
+        flat["mean_accuracy"] = result["mean"]
+    flat |= {f"held_out/{name}": value for name, value in (result.get("held_out") or {}).items()}
     for name, row in result["accuracy"].items():
         flat |= {f"{name}/{key}": value for key, value in row.items()}
     for name, row in result["modality"].items():

@@ -28,6 +28,8 @@ from morphoquant.config import ConfigError, load
 from morphoquant.config.messages import explain_hydra
 from morphoquant.config.schema import RunConfig
 from morphoquant.errors import HarnessError
+from morphoquant.launching import is_parallel, notes, prepare, settle_in
+from morphoquant.tuning import best_command, check_sweeper
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,10 +38,11 @@ log = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
-JOBS = "jobs"  # folder of a sweep: one note per job
+WISH = "MORPHOQUANT_FULL_ERROR"  # what the user set it to, for jobs in other processes
 
 _failures: list[int] = []
-_full_error = os.environ.get(FULL_ERROR) == "1"
+_open: list[Callable[[BaseException], None]] = []  # what ends a sweep whose launcher gave up
+_full_error = os.environ.get(WISH, os.environ.get(FULL_ERROR)) == "1"
 
 
 def entry(main: Callable[[], Any]) -> int:
@@ -48,13 +51,19 @@ def entry(main: Callable[[], Any]) -> int:
     0: every job came through; 1: a run failed; 2: the configuration was refused.
     """
     before = os.environ.get(FULL_ERROR)
+    os.environ[WISH] = before or "0"
     os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         complain(error, "This configuration cannot run:")
         return EXIT_CONFIG
+    except Exception as error:
+        if not _open:
+            raise
+        _open.pop()(error)  # a launcher or sweeper gave up: what came through still makes a table
     finally:
+        os.environ.pop(WISH, None)
         if before is None:
             os.environ.pop(FULL_ERROR, None)
     return max(_failures, default=0)
@@ -70,7 +79,10 @@ def complain(error: BaseException, title: str) -> None:
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Run one composed config; returns the mean accuracy, for sweepers that optimise."""
+    """Run one composed config; returns its ``objective``, for sweepers that optimise.
+
+    None where there is none: nothing is ever optimised on a benchmark's accuracy.
+    """
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     # Unresolved: an override may hold an interpolation that does not exist.
@@ -78,11 +90,15 @@ def run_job(cfg: DictConfig) -> float | None:
     overrides = " ".join(task)
     config = None
     try:
+        if sweep is not None:
+            notes.begin(sweep, int(hydra.job.num), overrides)
+            if is_parallel(hydra):
+                settle_in(hydra.callbacks.sweep.folder, int(hydra.job.num))
         config = load(cfg)
         if sweep is not None and config.tracker.group is None:
             tracker = config.tracker.model_copy(update={"group": sweep.name})
             config = config.model_copy(update={"tracker": tracker})
-        from morphoquant import pipeline
+        from morphoquant import objective, pipeline
 
         result = pipeline.run(config)
     except Exception as error:
@@ -95,25 +111,21 @@ def run_job(cfg: DictConfig) -> float | None:
         complain(error, "This configuration cannot run:" if refused else f"Failed: {overrides}")
         if sweep is not None:
             reason = str(error) if isinstance(error, HarnessError) else repr(error)
-            note = {"overrides": overrides, "error": reason}
+            note: notes.Note = {"overrides": overrides, "error": reason}
             if config is not None:
                 note |= {"method": config.method.name, "scheme": config.bits.scheme}
-            _leave(sweep, int(hydra.job.num), note)
+            notes.leave(sweep, int(hydra.job.num), note)
         return None
     directory = str(pipeline.run_path(config, result))
+    value = objective.value(config, result)
     if sweep is None:
         _show([directory], config)
     else:
-        _leave(sweep, int(hydra.job.num), {"overrides": overrides, "run": directory})
-    return float(result["mean"])
-
-
-def _leave(sweep: Path, number: int, note: dict[str, str]) -> None:
-    """A pointer from the sweep to the run of one job, or the reason why there is none."""
-    from morphoquant.tracking.rundir import write_atomic
-
-    path = sweep / JOBS / f"{number:04d}.json"
-    write_atomic(path, lambda target: _write(target, json.dumps(note)))
+        done: notes.Note = {"overrides": overrides, "arguments": task, "run": directory}
+        if value is not None:
+            done |= {"objective": value, "objective_name": config.objective}
+        notes.leave(sweep, int(hydra.job.num), done)
+    return value
 
 
 def _write(path: Path, text: str) -> None:
@@ -124,20 +136,22 @@ def _show(directories: list[str], config: RunConfig) -> None:
     """Print the comparison of some runs with their references."""
     from morphoquant.analysis.reports import comparison
 
-    notes = [{"overrides": "", "run": d} for d in directories]
-    comparison(notes, Path(config.paths.runs)).show()
+    found = [{"overrides": "", "run": d} for d in directories]
+    comparison(found, Path(config.paths.runs)).show()
     print(f"Run: {directories[0]}")
 
 
-def _finish(notes: list[dict[str, str]], config: RunConfig, sweep: Path) -> None:
+def _finish(found: list[notes.Note], config: RunConfig, composed: DictConfig, sweep: Path) -> None:
     """The table that the sweep was made for: in the terminal, beside its notes, in the tracker."""
     from morphoquant.analysis.reports import make_report
     from morphoquant.tracking.wandb_mirror import open_tracker
 
-    report = make_report(config.report, notes, Path(config.paths.runs))
+    report = make_report(config.report, found, Path(config.paths.runs))
     report.show()
     for name, path in report.write(sweep).items():
-        print(f"{name.capitalize()}: {path} and {path.stem}.csv")
+        print(f"{name.capitalize()}: {_shown(path)} and {path.stem}.csv")
+    if config.report == "trials":
+        print(f"Best: {best_command(composed, found)}")
     tracker = open_tracker(
         config.tracker, {}, f"sweep-{sweep.name}", config.tracker.group or sweep.name, sweep
     )
@@ -146,8 +160,13 @@ def _finish(notes: list[dict[str, str]], config: RunConfig, sweep: Path) -> None
     if config.report == "ablation":
         for path in _ablation_figure(report.frame, sweep):
             tracker.figure(path.stem, path)
-            print(f"Figure: {path}")
+            print(f"Figure: {_shown(path)}")
     tracker.finish()
+
+
+def _shown(path: Path) -> Path:
+    """A path as short as the user's own."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _ablation_figure(frame: pd.DataFrame, sweep: Path) -> list[Path]:
@@ -173,43 +192,60 @@ class SweepCallback(Callback):
     Hydra turns an exception of a callback into a warning; ``SystemExit`` it lets through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str | None = None) -> None:
+        """``folder``: see ``conf/config.yaml``; a sweep's jobs read it there."""
         self._config: RunConfig | None = None
+        self._jobs: list[list[str]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse the whole sweep where one of its jobs is not valid."""
-        shutil.rmtree(Path(config.hydra.sweep.dir) / JOBS, ignore_errors=True)  # of a former sweep
         try:
-            jobs = _jobs(config)
-            for overrides in jobs:
+            prepare(config)
+            former = Path(config.hydra.sweep.dir) / notes.JOBS
+            shutil.rmtree(former, ignore_errors=True)
+            self._jobs = _jobs(config)
+            for overrides in self._jobs:
                 try:
                     loaded = load(_compose(config, overrides))
                 except ConfigError as error:
                     raise ConfigError(f"{error}\n(in the job {' '.join(overrides)})") from None
                 self._config = self._config or loaded
-            _check_base(self._config, jobs)
+            _check_base(self._config, self._jobs)
+            check_sweeper(config, load(config) if self._config is None else self._config)
         except (HarnessError, HydraException, OmegaConfBaseException) as error:
             complain(error, "This sweep cannot run; no job was started:")
             sys.exit(EXIT_CONFIG)
+        _open[:] = [lambda error: self._give_up(config, error)]
+
+    def _give_up(self, config: DictConfig, error: BaseException) -> None:
+        """End a sweep that an exception ended; jobs that nobody heard of have failed with it."""
+        complain(error, "The sweep ended early:")
+        _failures.append(EXIT_FAILED)
+        sweep, reason = Path(config.hydra.sweep.dir), f"{type(error).__name__}: {error}"
+        lost = notes.unsettled(sweep) | {n: " ".join(o) for n, o in enumerate(self._jobs)}
+        for number, overrides in lost.items():
+            notes.bury(sweep, number, overrides, reason.splitlines()[0])
+        self.on_multirun_end(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """The table of everything that came through, and of what did not and why."""
         from morphoquant.analysis.sweeps import ABOUT, read_notes
         from morphoquant.tracking.rundir import write_atomic
 
+        _open.clear()
         sweep = Path(config.hydra.sweep.dir)
-        notes = read_notes(sweep)
-        failed = [note for note in notes if "error" in note]
+        found = read_notes(sweep)
+        failed = [note for note in found if "error" in note]
         if failed:  # known here even where the jobs ran in other processes
             _failures.append(EXIT_FAILED)
         try:
-            if len(failed) < len(notes):
+            if len(failed) < len(found):
                 known = self._config or load(config)
                 given = OmegaConf.to_container(config.hydra.overrides.task)
                 about = {"report": known.report, "overrides": given, "sweep": sweep.name}
                 write_atomic(sweep / ABOUT, lambda p: _write(p, json.dumps(about)))
-                _finish(notes, known, sweep)
-        except HarnessError as error:
+                _finish(found, known, config, sweep)
+        except Exception as error:  # Hydra would make a warning of it
             _failures.append(EXIT_FAILED)
             complain(error, "The table could not be made:")
         for note in failed:

@@ -89,6 +89,8 @@ def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
                 text = "–"
             elif column in ("empty", "unparsed"):
                 text = f"{int(value)}"
+            elif column.endswith("KL"):
+                text = f"{value:.3g}"
             elif column.endswith("bits"):
                 text = f"{value:.2f}"
             else:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from morphoquant.analysis import pairs, table
 from morphoquant.analysis.cost import cost
 from morphoquant.analysis.table import Report
 
-Notes = Sequence[Mapping[str, str]]
+Notes = Sequence[Mapping[str, Any]]
 """What the jobs of a sweep left: ``overrides`` with either ``run`` or ``error``."""
 
 
@@ -52,11 +53,18 @@ def _table3(notes: Notes, root: Path | None) -> Report:
     return table3(notes, root)
 
 
+def _trials(notes: Notes, root: Path | None) -> Report:
+    from morphoquant.analysis.trials import trials
+
+    return trials(notes, root)
+
+
 REPORTS: dict[str, Callable[[Notes, Path | None], Report]] = {
     "comparison": comparison,
     "ablation": _ablation,
     "table1": _table1,
     "table3": _table3,
+    "trials": _trials,
 }
 """One maker for every value of ``report`` in the config."""
 

@@ -27,7 +27,7 @@ class Sweep:
     """``comparison``, ``ablation`` or ``table3``."""
     overrides: tuple[str, ...]
     """What was given on the command line."""
-    notes: list[dict[str, str]]
+    notes: list[dict[str, Any]]
     """What every job left: ``overrides`` with either ``run`` or ``error``."""
 
     @property
@@ -42,7 +42,7 @@ class Sweep:
         return list(dict.fromkeys(Path(note["run"]) for note in self.notes if "run" in note))
 
 
-def read_notes(sweep: Path) -> list[dict[str, str]]:
+def read_notes(sweep: Path) -> list[dict[str, Any]]:
     """The notes of a sweep's jobs, in order."""
     return [json.loads(p.read_text()) for p in sorted((Path(sweep) / JOBS).glob("*.json"))]
 

@@ -158,6 +158,8 @@ def comparison(runs: Sequence[dict[str, Any]], found: Found | None = None) -> pd
             row |= {f"p adjusted {name}": math.nan, f"verdict {name}": None}
             if part:
                 tested[i, name] = part
+        if any(r.get("held_out") for r in runs):
+            row["held-out KL"] = (run.get("held_out") or {}).get("kl", math.nan)
         row["W bits"] = run["bits"]["weight"]
         row["A bits"] = run["bits"]["activation"]
         row["empty"] = sum(answers["empty"] for answers in run["accuracy"].values())
@@ -172,9 +174,8 @@ def comparison(runs: Sequence[dict[str, Any]], found: Found | None = None) -> pd
 def _accuracy(run: Mapping[str, Any] | None, name: str) -> float:
     if run is None:
         return math.nan
-    return float(
-        run["mean"] if name == "mean" else run["accuracy"].get(name, {"value": math.nan})["value"]
-    )
+    value = run["mean"] if name == "mean" else run["accuracy"].get(name, {}).get("value")
+    return math.nan if value is None else float(value)
 
 
 def footnotes(runs: Sequence[dict[str, Any]], frame: pd.DataFrame | None = None) -> list[str]:
@@ -269,7 +270,7 @@ def caveats(runs: Sequence[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, str]]) -> pd.DataFrame:
+def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """The table with a row for every job of a sweep that failed (no numbers)."""
     rows = [
         {"method": note.get("method", note["overrides"]), "scheme": note.get("scheme", "failed")}
@@ -278,6 +279,6 @@ def with_failures(frame: pd.DataFrame, failed: Sequence[dict[str, str]]) -> pd.D
     return pd.concat([frame, pd.DataFrame(rows)], ignore_index=True) if rows else frame
 
 
-def failure_notes(failed: Sequence[dict[str, str]]) -> list[str]:
+def failure_notes(failed: Sequence[dict[str, Any]]) -> list[str]:
     """Why each failed job failed, on one line each."""
     return [f"Failed: {note['overrides']}: {' '.join(note['error'].split())}" for note in failed]

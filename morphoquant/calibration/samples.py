@@ -23,11 +23,12 @@ class CalibrationError(HarnessError, ValueError):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples for statistics and for the range search, with ids of the form ``<set>/<id>``."""
+    """Samples for statistics, for the range search and for measuring; ids are ``<set>/<id>``."""
 
     samples: tuple[Sample, ...]
     search: tuple[Sample, ...]
     ids: tuple[str, ...]
+    held_out: tuple[Sample, ...] = ()
 
     @property
     def ids_hash(self) -> str:
@@ -36,7 +37,7 @@ class Calibration:
     @property
     def content_hash(self) -> str:
         """Identity of what the prompts hold: text, pictures, sound; clips by name and size."""
-        return content_hash((*self.samples, *self.search))[:16]
+        return content_hash((*self.samples, *self.search, *self.held_out))[:16]
 
 
 def content_hash(samples: Iterable[Sample], exact: bool = False) -> str:
@@ -146,7 +147,8 @@ def load_samples(config: CalibrationConfig, mini_root: Path | None = None) -> Ca
     Raises:
         CalibrationError: data missing, or fewer rows than asked for.
     """
-    wanted = config.samples + config.search_samples
+    seen = config.samples + config.search_samples
+    wanted = seen + config.held_out_samples  # drawn last: the others do not depend on them
     pools = []
     for source in config.sources:
         data = _open(source, mini_root)
@@ -171,12 +173,14 @@ def load_samples(config: CalibrationConfig, mini_root: Path | None = None) -> Ca
                     )
     if len(drawn) < wanted:
         raise CalibrationError(
-            f"calibration.samples + search_samples asks for {wanted} prompts, the sources hold "
-            f"{len(drawn)}; lower one or add a source"
+            f"calibration.samples + search_samples + held_out_samples asks for {wanted} prompts, "
+            f"the sources hold {len(drawn)}; lower one or add a source"
         )
     ids = tuple(name for name, _ in drawn)
     samples = tuple(sample for _, sample in drawn)
-    return Calibration(samples[: config.samples], samples[config.samples :], ids)
+    return Calibration(
+        samples[: config.samples], samples[config.samples : seen], ids, samples[seen:]
+    )
 
 
 def check_disjoint(calibration_ids: Iterable[str], question_ids: Iterable[str]) -> None:

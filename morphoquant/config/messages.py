@@ -52,6 +52,11 @@ def explain_hydra(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = list(error.options or ())
+        if (group, choice) == ("hydra/sweeper", "optuna"):
+            return (
+                "hydra/sweeper=optuna: its plugin is not installed. Install it: "
+                "pip install -e '.[tune]' (in the project's folder)."
+            )
         if not group or not options:
             return str(error).splitlines()[0]
         hint = did_you_mean(choice, options)
@@ -71,6 +76,11 @@ def _unknown(path: str) -> str:
     from morphoquant.config.schema import RunConfig
 
     parts = path.split("@")[0].replace("/", ".").split(".")
+    if parts[0] == "hydra":
+        return (
+            f"{path}: no such field. `python run.py --cfg hydra` prints those there are (with your "
+            "hydra/launcher=... or hydra/sweeper=...); one more entry of a dictionary needs a +."
+        )
     for depth, part in enumerate(parts):
         known = _fields(parts[:depth], RunConfig)
         if depth == 0:

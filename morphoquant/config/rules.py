@@ -27,6 +27,7 @@ def check(cfg: RunConfig) -> None:
         *_model(cfg),
         *_data(cfg),
         *_report(cfg),
+        *_objective(cfg),
     ]
     if broken:
         raise ConfigError("\n".join(broken))
@@ -358,3 +359,30 @@ def _report(cfg: RunConfig) -> Iterator[str]:
             f"report='table1' with method={row[1]} at {row[0]}: Table 1 has no such row. Choose "
             f"row=<one of {rows}> and leave method and bits to it, or set report=comparison."
         )
+
+
+def _objective(cfg: RunConfig) -> Iterator[str]:
+    tasks, held_out = cfg.benchmark.tasks, cfg.benchmark.held_out
+    if not tasks and cfg.benchmark.name != "none":
+        yield (
+            f"benchmark.tasks=[] with benchmark.name={cfg.benchmark.name!r}: nothing would be "
+            "asked. Name at least 1 task, or set benchmark=none to quantize and measure only."
+        )
+    if not tasks and cfg.report in ("ablation", "table3"):
+        yield (
+            f"report={cfg.report!r} with benchmark={cfg.benchmark.name}: it compares answers. Set "
+            "benchmark=mini, or report=comparison."
+        )
+    if cfg.objective == "kl" and cfg.calibration.held_out_samples == 0:
+        yield (
+            "objective='kl' with calibration.held_out_samples=0: it is measured on prompts that "
+            "neither statistics nor the search have seen. Set calibration.held_out_samples=64."
+        )
+    if cfg.objective == "held_out_accuracy" and not held_out:
+        yield (
+            f"objective='held_out_accuracy' with benchmark={cfg.benchmark.name}: what is tuned on "
+            "a benchmark cannot be reported on it. Set benchmark=mini_held_out (or, for a real "
+            "model, scienceqa_validation)."
+        )
+    if cfg.report == "trials" and cfg.objective is None:
+        yield "report='trials' with objective=null: nothing to sort by. Set objective=kl."

@@ -128,6 +128,9 @@ class CalibrationConfig(Strict):
     """Prompts for statistics, masks and initial ranges, drawn round-robin over the sources."""
     search_samples: Annotated[int, Field(ge=0)] = 32
     """Further prompts, disjoint from the first, for the range search; 0 searches on the first."""
+    held_out_samples: Annotated[int, Field(ge=0)] = 0
+    """Further prompts, disjoint from both, that only measure: the quantized model's divergence
+    from the original. 0 measures none."""
     batch_size: PositiveInt = 8
     seed: int = 0
     allow_leakage: bool = False
@@ -136,8 +139,10 @@ class CalibrationConfig(Strict):
 
 class BenchmarkConfig(Strict):
     name: str
-    tasks: tuple[str, ...] = Field(strict=False, min_length=1)
-    """Names of task files under ``morphoquant/evaluation/tasks``."""
+    tasks: tuple[str, ...] = Field(strict=False)
+    """Rows of ``morphoquant/evaluation/tasks.py``; none (benchmark=none) asks nothing."""
+    held_out: bool = False
+    """Its questions are for choosing hyper-parameters: no benchmark scores them."""
     data_root: str | None = None
     """Folder with local copies (``<data_root>/<set>``); null takes the hub (or, mini, builds)."""
     limit: PositiveInt | None = None
@@ -193,8 +198,12 @@ class RunConfig(Strict):
     paths: PathsConfig = PathsConfig()
     reference: bool = True
     """Measure the unquantized model in the same harness too (once per sweep)."""
-    report: Literal["comparison", "ablation", "table1", "table3"] = "comparison"
+    report: Literal["comparison", "ablation", "table1", "table3", "trials"] = "comparison"
     """Which table a sweep ends in."""
+    objective: Literal["kl", "held_out_accuracy"] | None = None
+    """What a run hands to a sweeper that optimises, never a benchmark's accuracy. ``kl``: of
+    next-token distributions on calibration.held_out_samples (less is better);
+    ``held_out_accuracy``: on a benchmark that is held out (more is better)."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -27,5 +27,8 @@ def defaults(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Make ``schema`` known to Hydra. Safe to call twice."""
+    """Make ``schema`` and the launchers known to Hydra. Safe to call twice."""
+    from morphoquant.launching import presets
+
+    presets.register()
     ConfigStore.instance().store(name="schema", node=defaults(RunConfig), provider="morphoquant")

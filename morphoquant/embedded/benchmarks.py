@@ -11,7 +11,8 @@
     root/manifest.json     version, hash of the content, hash of every file
 
 Content of the two splits comes from different seed streams (and, for text, different hash
-buckets); identifiers never repeat. Nothing is downloaded.
+buckets); identifiers never repeat. Nothing is downloaded. ``build_held_out`` writes a third split
+in the same layout, for choosing hyper-parameters.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from morphoquant.embedded.questions import (
 VERSION = 1
 EVALUATION = 256  # questions of a benchmark
 CALIBRATION = 128
+HELD_OUT = 128
 MANIFEST = "manifest.json"
 
 MMMU_SUBJECTS = {
@@ -243,8 +245,13 @@ def _update(digest: Any, row: Row) -> None:
         digest.update(json.dumps([column, value]).encode())
 
 
-def _write(folder: Path, evaluation: int, calibration: int) -> str:
-    """Write all sets into ``folder``; returns the hash of their content."""
+def _write(folder: Path, counts: dict[str, int]) -> str:
+    """Write all sets into ``folder``; returns the hash of their content.
+
+    Args:
+        folder: an empty one.
+        counts: content split -> questions of a benchmark.
+    """
     from datasets import (
         Dataset,
         DatasetDict,
@@ -259,9 +266,11 @@ def _write(folder: Path, evaluation: int, calibration: int) -> str:
     videos.mkdir()
     digest = hashlib.sha256()
     for name, (split, share, rows) in BENCHMARKS.items():
-        parts = {
-            split: list(rows("evaluation", round(evaluation * share), videos)),
-            "calibration": list(rows("calibration", round(calibration * share), videos)),
+        parts = {  # what is asked stands under the name that the stock task reads
+            "calibration" if content == "calibration" else split: list(
+                rows(content, round(count * share), videos)
+            )
+            for content, count in counts.items()
         }
         for part in parts.values():
             for row in part:
@@ -295,11 +304,15 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def is_intact(root: Path, evaluation: int = EVALUATION, calibration: int = CALIBRATION) -> bool:
     """Whether ``root`` holds this version's sets of these sizes, with every file unharmed."""
+    return _is_intact(root, {"evaluation": evaluation, "calibration": calibration})
+
+
+def _is_intact(root: Path, counts: dict[str, int]) -> bool:
     try:
         manifest = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError):
         return False
-    wanted = {"version": VERSION, "evaluation": evaluation, "calibration": calibration}
+    wanted = {"version": VERSION, **counts}
     if any(manifest.get(key) != value for key, value in wanted.items()):
         return False
     return manifest.get("files") == _hashes(root)
@@ -312,23 +325,33 @@ def build(root: Path, evaluation: int = EVALUATION, calibration: int = CALIBRATI
     folder beside ``root`` and renamed into place, so that a reader never sees half of them and of
     two processes that build at once the later one takes the earlier one's result.
     """
-    root = Path(root)
-    if is_intact(root, evaluation, calibration):
+    return _build(Path(root), {"evaluation": evaluation, "calibration": calibration})
+
+
+def build_held_out(root: Path, count: int = HELD_OUT) -> Path:
+    """The same sets once more with other questions (the split ``dev`` of the content).
+
+    They are neither evaluated nor calibrated on, and the embedded model was not trained on them.
+    """
+    return _build(Path(root), {"dev": count})
+
+
+def _build(root: Path, counts: dict[str, int]) -> Path:
+    if _is_intact(root, counts):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        content = _write(folder, evaluation, calibration)
+        content = _write(folder, counts)
         manifest = {
             "version": VERSION,
-            "evaluation": evaluation,
-            "calibration": calibration,
+            **counts,
             "content_sha256": content,
             "files": _hashes(folder),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         folder.chmod(0o755)
-        if is_intact(root, evaluation, calibration):  # another process was faster
+        if _is_intact(root, counts):  # another process was faster
             return root
         if root.exists():  # damaged or of another version
             stale = Path(tempfile.mkdtemp(prefix=f".{root.name}-old-", dir=root.parent))
@@ -337,7 +360,7 @@ def build(root: Path, evaluation: int = EVALUATION, calibration: int = CALIBRATI
         try:
             os.rename(folder, root)
         except OSError:  # the other process won the last moment
-            if not is_intact(root, evaluation, calibration):
+            if not _is_intact(root, counts):
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

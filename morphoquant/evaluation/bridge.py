@@ -141,6 +141,8 @@ def load_task(task: Task, data: LocalData | None, scratch: Path) -> Any:
         open_local(task, data)  # lmms-eval would retry for eight seconds what is simply not there
     config = _stock_config(task, data, scratch)
     config["task"] = task.name
+    if task.split is not None:
+        config["test_split"] = task.split
     if data is not None:
         local = {"load_from_disk": True}
         config |= {"dataset_path": str(data.folder), "dataset_name": None, "dataset_kwargs": local}

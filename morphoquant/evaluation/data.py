@@ -38,11 +38,11 @@ def locate(task: Task, benchmark: BenchmarkConfig, paths: PathsConfig) -> LocalD
     if benchmark.data_root is not None:
         root = Path(benchmark.data_root).expanduser()
     elif task.embedded:
-        from morphoquant.embedded.benchmarks import build
+        from morphoquant.embedded.benchmarks import build, build_held_out
 
-        root = Path(paths.cache).expanduser() / "mini"
+        root = Path(paths.cache).expanduser() / ("mini_held_out" if task.held_out else "mini")
         try:
-            root = build(root)
+            root = build_held_out(root) if task.held_out else build(root)
         except OSError as error:
             raise StorageError(
                 f"{root}: the embedded benchmarks could not be written "

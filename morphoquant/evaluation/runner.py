@@ -46,6 +46,8 @@ def evaluate(
     """
     import pandas as pd
 
+    if not benchmark.tasks:
+        return Evaluation({}, pd.DataFrame(columns=list(SAMPLE_COLUMNS)))
     from morphoquant.evaluation import bridge, scoring
 
     results: dict[str, TaskResult] = {}

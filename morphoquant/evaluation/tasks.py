@@ -34,6 +34,10 @@ class Task:
     """Name of the local copy, below ``data_root``."""
     embedded: bool = False
     """Data come from the embedded sets when ``data_root`` is null."""
+    split: str | None = None
+    """Another split than the stock task scores: questions to choose hyper-parameters by."""
+    held_out: bool = False
+    """Embedded: the sets that are neither evaluated nor calibrated on."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def _table() -> dict[str, Task]:
     sqa_img = "scienceqa/scienceqa_img.yaml"
     air = "air_bench/air_bench_foundation_{}.yaml".format
     sound, music = "air_bench_sound", "air_bench_music"
+    sci, vid = "scienceqa", "videomme"
     rows = (
         #    name, stock YAML, benchmark, set, folder, embedded
         Task("mini_mmmu", mmmu, "mmmu", "mmmu", "mmmu", True),
@@ -112,8 +117,14 @@ def _table() -> dict[str, Task]:
         Task("mini_videomme", video, "videomme", "videomme", "videomme", True),
         Task("mini_air_bench_sound", air("sound"), "air_bench", sound, sound, True),
         Task("mini_air_bench_music", air("music"), "air_bench", music, music, True),
+        Task("mini_held_out_mmmu", mmmu, "mmmu", "mmmu", "mmmu", True, held_out=True),
+        Task("mini_held_out_scienceqa", sqa, "scienceqa", sci, sci, True, held_out=True),
+        Task("mini_held_out_videomme", video, "videomme", vid, vid, True, held_out=True),
+        Task("mini_held_out_sound", air("sound"), "air_bench", sound, sound, True, held_out=True),
+        Task("mini_held_out_music", air("music"), "air_bench", music, music, True, held_out=True),
         Task("mmmu_val", mmmu, "mmmu", "mmmu", "mmmu"),
         Task("scienceqa", sqa, "scienceqa", "scienceqa", "scienceqa"),
+        Task("scienceqa_validation", sqa, "scienceqa", sci, sci, split="validation"),
         Task("scienceqa_img", sqa_img, "scienceqa", "scienceqa", "scienceqa_img"),
         Task("videomme", video, "videomme", "videomme", "videomme"),
         Task("air_bench_foundation_sound", air("sound"), "air_bench", "air_bench", "air_bench"),
@@ -191,7 +202,7 @@ def _plain_yaml(path: Path) -> dict[str, Any]:
 def stock_data(task: Task) -> StockData:
     """Hub id, config and split of a task, as the stock YAML names them."""
     values = _plain_yaml(stock_yaml(task))
-    split = values.get("test_split") or values["validation_split"]
+    split = task.split or values.get("test_split") or values["validation_split"]
     return StockData(str(values["dataset_path"]), values.get("dataset_name"), str(split))
 
 

@@ -10,6 +10,14 @@ from contextlib import contextmanager
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 QUIET = 3.0  # seconds that go by before the first line: short work says nothing
 
+_prefix: str | None = None
+
+
+def as_lines(prefix: str) -> None:
+    """From now on lines with a prefix, whatever stderr is: several processes share it."""
+    global _prefix
+    _prefix = prefix
+
 
 def speed(rate: float) -> str:
     """``3.2/s``, or ``41.0 s each`` where that is the number above one."""
@@ -42,8 +50,9 @@ class _Lines:
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
             share = 100 * self.done / max(self.total, 1)
+            title = f"{_prefix or ''}{self.title}"
             print(
-                f"{self.title}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
+                f"{title}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
                 f"{speed(rate)}, {duration(left)} left",
                 file=sys.stderr,
                 flush=True,
@@ -53,7 +62,7 @@ class _Lines:
 @contextmanager
 def progress(title: str, total: int, unit: str = "steps") -> Iterator[Callable[[int], None]]:
     """``with progress("Quantizing", 28, unit="blocks") as step: ...; step(1)``."""
-    if not sys.stderr.isatty():
+    if _prefix is not None or not sys.stderr.isatty():
         yield _Lines(title, total, unit).step
         return
     from rich.console import Console

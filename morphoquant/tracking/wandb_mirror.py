@@ -90,6 +90,11 @@ class WandbTracker:
             self._run = None
 
 
+def waits_for_result() -> bool:
+    """Whether a wandb sweep's agent started this process: it waits for the run's summary."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
 def open_tracker(
     settings: TrackerConfig,
     described: dict[str, Any],
