@@ -12,8 +12,10 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from morphoquant.config import ConfigError, load
 from morphoquant.config.messages import explain_hydra
 from morphoquant.config.schema import RunConfig
 from morphoquant.errors import HarnessError
+from morphoquant.ranks import Ranks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +53,8 @@ def entry(main: Callable[[], Any]) -> int:
     before = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
-        main()
+        with _speaking_once():
+            main()
     except (HydraException, OmegaConfBaseException) as error:
         complain(error, "This configuration cannot run:")
         return EXIT_CONFIG
@@ -60,9 +64,35 @@ def entry(main: Callable[[], Any]) -> int:
     return max(_failures, default=0)
 
 
+@contextmanager
+def _speaking_once() -> Iterator[None]:
+    """Of several ranks only the first one speaks and leaves notes; all end together.
+
+    The others give their sweeps a folder that nobody sees: the clock in the name of the shared one
+    may have gone on by a second between two processes.
+    """
+    ranks = Ranks.of_process()
+    try:
+        if ranks.leads:
+            yield
+            return
+        with (
+            tempfile.TemporaryDirectory(prefix="morphoquant-") as folder,
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(nowhere),
+        ):
+            sys.argv.append(f"hydra.sweep.dir={folder}")
+            yield
+    finally:
+        ranks.leave()
+
+
 def complain(error: BaseException, title: str) -> None:
     """Say what went wrong in plain lines; with HYDRA_FULL_ERROR=1 the traceback too."""
-    if _full_error or not isinstance(error, HarnessError | HydraException | OmegaConfBaseException):
+    expected = isinstance(error, HarnessError | HydraException | OmegaConfBaseException)
+    if expected and not Ranks.of_process().leads:
+        return  # the first rank is told by the others, and says it
+    if _full_error or not expected:
         traceback.print_exception(error)
     text = str(error) if isinstance(error, HarnessError) else explain_hydra(error)
     head = f"\033[31m{title}\033[0m" if sys.stderr.isatty() else title
@@ -71,6 +101,8 @@ def complain(error: BaseException, title: str) -> None:
 
 def run_job(cfg: DictConfig) -> float | None:
     """Run one composed config; returns the mean accuracy, for sweepers that optimise."""
+    if not Ranks.of_process().leads:
+        logging.getLogger("morphoquant").setLevel(logging.ERROR)
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     # Unresolved: an override may hold an interpolation that does not exist.
@@ -102,7 +134,8 @@ def run_job(cfg: DictConfig) -> float | None:
         return None
     directory = str(pipeline.run_path(config, result))
     if sweep is None:
-        _show([directory], config)
+        if Ranks.of_process().leads:
+            _show([directory], config)
     else:
         _leave(sweep, int(hydra.job.num), {"overrides": overrides, "run": directory})
     return float(result["mean"])
@@ -179,6 +212,7 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse the whole sweep where one of its jobs is not valid."""
+        _check_launcher(config)
         shutil.rmtree(Path(config.hydra.sweep.dir) / JOBS, ignore_errors=True)  # of a former sweep
         try:
             jobs = _jobs(config)
@@ -198,6 +232,8 @@ class SweepCallback(Callback):
         from morphoquant.analysis.sweeps import ABOUT, read_notes
         from morphoquant.tracking.rundir import write_atomic
 
+        if not Ranks.of_process().leads:
+            return
         sweep = Path(config.hydra.sweep.dir)
         notes = read_notes(sweep)
         failed = [note for note in notes if "error" in note]
@@ -215,6 +251,18 @@ class SweepCallback(Callback):
             complain(error, "The table could not be made:")
         for note in failed:
             print(f"failed: {note['overrides']}: {note['error']}", file=sys.stderr)
+
+
+def _check_launcher(config: DictConfig) -> None:
+    """Ranks do the jobs of a sweep together and in order: no launcher may hand them out."""
+    launcher = str(config.hydra.launcher.get("_target_", ""))
+    if Ranks.of_process().size > 1 and not launcher.endswith(".BasicLauncher"):
+        error = ConfigError(
+            f"hydra/launcher {launcher!r} under torchrun: every job is done by all processes "
+            "together. Drop the launcher, or torchrun"
+        )
+        complain(error, "This sweep cannot run; no job was started:")
+        sys.exit(EXIT_CONFIG)
 
 
 def _check_base(config: RunConfig | None, jobs: list[list[str]]) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from morphoquant.config.schema import MediaConfig, ModelConfig, ScopeConfig
-from morphoquant.models.adapter import OmniAdapter, pick_device, pick_dtype
+from morphoquant.models.adapter import OmniAdapter, pick_dtype
 from morphoquant.models.loading import ModelError
+from morphoquant.models.placement import pick_device
 from morphoquant.models.media import MediaError, read_clip
 
 
