@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TIMEOUT = 1800.0  # seconds for which a rank may be behind the others
 TIMEOUT_VARIABLE = "MORPHOQUANT_RANK_TIMEOUT"
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FAREWELL = 10.0  # seconds the keeper of the store waits at the end
+FAREWELL = 10.0  # seconds that a rank waits for the others at its end
 
 
 class RankError(HarnessError):
@@ -153,19 +153,21 @@ class Ranks:
         except Exception as error:
             if self.size > 1:
                 text = str(error) if isinstance(error, HarnessError) else repr(error)
-                with suppress(RuntimeError):  # the store went with its keeper
+                with suppress(RankError, RuntimeError):  # the store went with its keeper
                     self._post({"at": what, "failed": text})
+                    for rank in range(self.size):  # a launcher ends all when one process ends
+                        self._read(rank, what, patient=False)
                 self._turn += 1
             raise
 
     def leave(self) -> None:
-        """Say goodbye at the end of the process: the store lives in one that must go last."""
+        """End with the others: one keeps the store, and one has to say what went wrong."""
         if self.size == 1 or self._store is None:
             return
         with suppress(RuntimeError):
             gone = self._store.add("left", 1)
             deadline = time.monotonic() + FAREWELL
-            while self.leads and gone < self.size and time.monotonic() < deadline:
+            while gone < self.size and time.monotonic() < deadline:
                 time.sleep(0.05)
                 gone = self._store.add("left", 0)
 

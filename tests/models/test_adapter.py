@@ -13,8 +13,8 @@ from PIL import Image
 from morphoquant.config.schema import MediaConfig, ModelConfig, ScopeConfig
 from morphoquant.models.adapter import OmniAdapter, pick_dtype
 from morphoquant.models.loading import ModelError
-from morphoquant.models.placement import pick_device
 from morphoquant.models.media import MediaError, read_clip
+from morphoquant.models.placement import pick_device
 
 
 def text(content: str) -> list[dict[str, Any]]:
