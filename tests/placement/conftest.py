@@ -145,6 +145,17 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class TwoGpus(TorchDispatchMode):
     """While it is on, tensors can be made on and moved to ``pretended:0`` and ``pretended:1``."""
 
+    def __enter__(self) -> TwoGpus:
+        # torch.tensor(values, device=...) then moves them where it can be seen.
+        self._before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(self._before)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return call(func, args, dict(kwargs or {}))
 
