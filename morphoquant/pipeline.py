@@ -26,6 +26,7 @@ from morphoquant.quantize import (
     transform,
     walk_blocks,
 )
+from morphoquant.ranks import Ranks
 from morphoquant.record import describe_slots, flat, record_statistics
 from morphoquant.sharing.content import checkpoint_hash, content_of, load_calibration
 from morphoquant.sharing.prompts import Prompts, open_store
@@ -37,7 +38,7 @@ from morphoquant.tracking.fingerprint import (
     package_versions,
 )
 from morphoquant.tracking.progress import progress_callback
-from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory, write_atomic
+from morphoquant.tracking.rundir import NAME_DIGITS, RunDirectory
 from morphoquant.tracking.wandb_mirror import Tracker, open_tracker, waits_for_result
 
 if TYPE_CHECKING:
@@ -72,31 +73,35 @@ def run(config: RunConfig) -> dict[str, Any]:
     reference = None
     if config.reference and config.method.quantizes:
         reference = run(reference_config(config))
-    prepared = _prepare(config)
-    directory = RunDirectory.open(
-        Path(config.paths.runs),
-        _name(config),
-        prepared.identity,
-        lambda: {"git": git_state(), "files": code_files()},
-    )
-    with directory.lock():
-        if directory.finished:
-            word = "reused" if config.method.quantizes else "reference: reused"
-            log.info("%s: %s is finished", word, directory.path)
-            if waits_for_result():
-                tracker = _tracker(config, directory)
-                tracker.summary(flat(directory.result()))
+    ranks = Ranks.of_process()
+    with ranks.together(_name(config)):
+        prepared = _prepare(config)
+        directory = RunDirectory.open(
+            Path(config.paths.runs),
+            _name(config),
+            prepared.identity,
+            lambda: {"git": git_state(), "files": code_files()},
+            writes=ranks.leads,
+        )
+        ranks.agree("fingerprint of the run", directory.fingerprint)
+        with directory.lock():
+            if ranks.leader_says("finished", directory.finished, patient=True):
+                word = "reused" if config.method.quantizes else "reference: reused"
+                log.info("%s: %s is finished", word, directory.path)
+                if ranks.leads and waits_for_result():
+                    tracker = _tracker(config, directory)
+                    tracker.summary(flat(directory.result()))
+                    tracker.finish()
+                return directory.result()
+            tracker = _tracker(config, directory)
+            try:
+                result = _execute(config, prepared, directory, tracker, ranks)
+                result["reference"] = reference["fingerprint"] if reference else None
+                tracker.summary(flat(result))
+                directory.finish(result)
+            finally:
                 tracker.finish()
-            return directory.result()
-        tracker = _tracker(config, directory)
-        try:
-            result = _execute(config, prepared, directory, tracker)
-            result["reference"] = reference["fingerprint"] if reference else None
-            tracker.summary(flat(result))
-            directory.finish(result)
-        finally:
-            tracker.finish()
-    return result
+    return result if ranks.leads else directory.result()
 
 
 # ----------------------------------------------------------------------------- preparation
@@ -154,7 +159,7 @@ def _name(config: RunConfig) -> str:
 
 
 def _tracker(config: RunConfig, directory: RunDirectory) -> Tracker:
-    settings: TrackerConfig = config.tracker
+    settings = config.tracker if directory.writes else TrackerConfig(name="none")
     described = config.model_dump(mode="json")
     return open_tracker(settings, described, directory.path.name, settings.group, directory.path)
 
@@ -163,9 +168,10 @@ def _tracker(config: RunConfig, directory: RunDirectory) -> Tracker:
 
 
 def _execute(
-    config: RunConfig, prepared: Prepared, directory: RunDirectory, tracker: Tracker
+    config: RunConfig, prepared: Prepared, directory: RunDirectory, tracker: Tracker, ranks: Ranks
 ) -> dict[str, Any]:
     from morphoquant.models.adapter import OmniAdapter
+    from morphoquant.quantization.counters import add_up, model_identity
     from morphoquant.quantization.manifest import complete, describe_scope, reset_counters
     from morphoquant.quantization.serialize import save_quantizers
 
@@ -192,8 +198,9 @@ def _execute(
     directory.write_json("manifest.json", manifest.to_dict())
     scalars = record_statistics(config, quantizer, directory, tracker)
     if quantizer.is_static:
-        kept = directory.path / "quantizers.safetensors"
-        write_atomic(kept, lambda path: save_quantizers(blocks, path))
+        directory.write("quantizers.safetensors", lambda path: save_quantizers(blocks, path))
+    if ranks.size > 1:
+        ranks.agree("the quantized model", model_identity(adapter.model, manifest))
     reset_counters(blocks)
     if cache is not None:
         cache.reset()
@@ -201,8 +208,9 @@ def _execute(
         title = f"Evaluating {config.method.name} {config.bits.scheme}"
         with progress_callback(title) as report:
             found = evaluation.evaluate(
-                adapter, config.benchmark, config.paths, directory.answers, report
+                adapter, config.benchmark, config.paths, directory.answers, report, ranks
             )
+    add_up(ranks, blocks, cache)
     count_on_probe(manifest, adapter, prepared.calibration, blocks)
     complete(manifest, blocks, config.method, config.bits)
     if cache is not None:
@@ -249,6 +257,7 @@ def _execute(
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
         "peak_memory_mb": clock.peak_memory_mb,
         "reused": prompts.describe(),
+        "ranks": ranks.size,
         "transform_drift": drift,
         "logits": moved,
         "statistics": scalars,

@@ -18,7 +18,7 @@ def record_statistics(
     config: RunConfig, quantizer: BlockQuantizer, directory: RunDirectory, tracker: Tracker
 ) -> dict[str, float]:
     """The atlas of one run: tables to parquet and the tracker, figures, scalars for the result."""
-    tables = statistics_tables(config, quantizer)
+    tables = statistics_tables(config, quantizer) if directory.writes else {}
     if not tables:
         return {}
     for name, frame in tables.items():

@@ -12,8 +12,10 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from morphoquant.config.messages import explain_hydra
 from morphoquant.config.schema import RunConfig
 from morphoquant.errors import HarnessError
 from morphoquant.launching import is_parallel, notes, prepare, settle_in
+from morphoquant.ranks import Ranks
 from morphoquant.tuning import best_command, check_sweeper
 
 if TYPE_CHECKING:
@@ -54,7 +57,8 @@ def entry(main: Callable[[], Any]) -> int:
     os.environ[WISH] = before or "0"
     os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
-        main()
+        with _speaking_once():
+            main()
     except (HydraException, OmegaConfBaseException) as error:
         complain(error, "This configuration cannot run:")
         return EXIT_CONFIG
@@ -69,9 +73,35 @@ def entry(main: Callable[[], Any]) -> int:
     return max(_failures, default=0)
 
 
+@contextmanager
+def _speaking_once() -> Iterator[None]:
+    """Of several ranks only the first one speaks and leaves notes; all end together.
+
+    The others give their sweeps a folder that nobody sees: the clock in the name of the shared one
+    may have gone on by a second between two processes.
+    """
+    ranks = Ranks.of_process()
+    try:
+        if ranks.leads:
+            yield
+            return
+        with (
+            tempfile.TemporaryDirectory(prefix="morphoquant-") as folder,
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(nowhere),
+        ):
+            sys.argv.append(f"hydra.sweep.dir={folder}")
+            yield
+    finally:
+        ranks.leave()
+
+
 def complain(error: BaseException, title: str) -> None:
     """Say what went wrong in plain lines; with HYDRA_FULL_ERROR=1 the traceback too."""
-    if _full_error or not isinstance(error, HarnessError | HydraException | OmegaConfBaseException):
+    expected = isinstance(error, HarnessError | HydraException | OmegaConfBaseException)
+    if expected and not Ranks.of_process().leads:
+        return  # the first rank is told by the others, and says it
+    if _full_error or not expected:
         traceback.print_exception(error)
     text = str(error) if isinstance(error, HarnessError) else explain_hydra(error)
     head = f"\033[31m{title}\033[0m" if sys.stderr.isatty() else title
@@ -83,6 +113,8 @@ def run_job(cfg: DictConfig) -> float | None:
 
     None where there is none: nothing is ever optimised on a benchmark's accuracy.
     """
+    if not Ranks.of_process().leads:
+        logging.getLogger("morphoquant").setLevel(logging.ERROR)
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     # Unresolved: an override may hold an interpolation that does not exist.
@@ -91,9 +123,10 @@ def run_job(cfg: DictConfig) -> float | None:
     config = None
     try:
         if sweep is not None:
-            notes.begin(sweep, int(hydra.job.num), overrides)
+            if Ranks.of_process().leads:
+                notes.begin(sweep, int(hydra.job.num), overrides)
             if is_parallel(hydra):
-                settle_in(hydra.callbacks.sweep.folder, int(hydra.job.num))
+                settle_in(hydra.callbacks["sweep"].folder, int(hydra.job.num))
         config = load(cfg)
         if sweep is not None and config.tracker.group is None:
             tracker = config.tracker.model_copy(update={"group": sweep.name})
@@ -109,7 +142,7 @@ def run_job(cfg: DictConfig) -> float | None:
         refused = isinstance(error, ConfigError)
         _failures.append(EXIT_CONFIG if refused else EXIT_FAILED)
         complain(error, "This configuration cannot run:" if refused else f"Failed: {overrides}")
-        if sweep is not None:
+        if sweep is not None and Ranks.of_process().leads:
             reason = str(error) if isinstance(error, HarnessError) else repr(error)
             note: notes.Note = {"overrides": overrides, "error": reason}
             if config is not None:
@@ -118,6 +151,8 @@ def run_job(cfg: DictConfig) -> float | None:
         return None
     directory = str(pipeline.run_path(config, result))
     value = objective.value(config, result)
+    if not Ranks.of_process().leads:
+        return value
     if sweep is None:
         _show([directory], config)
     else:
@@ -199,10 +234,12 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse the whole sweep where one of its jobs is not valid."""
+        _check_launcher(config)
         try:
             prepare(config)
-            former = Path(config.hydra.sweep.dir) / notes.JOBS
-            shutil.rmtree(former, ignore_errors=True)
+            if Ranks.of_process().leads:
+                former = Path(config.hydra.sweep.dir) / notes.JOBS
+                shutil.rmtree(former, ignore_errors=True)
             self._jobs = _jobs(config)
             for overrides in self._jobs:
                 try:
@@ -232,6 +269,8 @@ class SweepCallback(Callback):
         from morphoquant.analysis.sweeps import ABOUT, read_notes
         from morphoquant.tracking.rundir import write_atomic
 
+        if not Ranks.of_process().leads:
+            return
         _open.clear()
         sweep = Path(config.hydra.sweep.dir)
         found = read_notes(sweep)
@@ -250,6 +289,18 @@ class SweepCallback(Callback):
             complain(error, "The table could not be made:")
         for note in failed:
             print(f"failed: {note['overrides']}: {note['error']}", file=sys.stderr)
+
+
+def _check_launcher(config: DictConfig) -> None:
+    """Ranks do the jobs of a sweep together and in order: no launcher may hand them out."""
+    launcher = str(config.hydra.launcher.get("_target_", ""))
+    if Ranks.of_process().size > 1 and not launcher.endswith(".BasicLauncher"):
+        error = ConfigError(
+            f"hydra/launcher {launcher!r} under torchrun: every job is done by all processes "
+            "together. Drop the launcher, or torchrun"
+        )
+        complain(error, "This sweep cannot run; no job was started:")
+        sys.exit(EXIT_CONFIG)
 
 
 def _check_base(config: RunConfig | None, jobs: list[list[str]]) -> None:

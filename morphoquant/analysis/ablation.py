@@ -146,7 +146,8 @@ def ablation(
     found = pairs.compare_runs(
         list(once.values()), bases, confidence=confidence, resamples=resamples
     )
-    rows, tested = [], {}
+    rows: list[dict[str, Any]] = []
+    tested: dict[int, PairedDifference] = {}
     for setting in settings:
         group = [job for job in jobs if job.setting == setting]
         first = next((job for job in group if job.choice == base), None)

@@ -120,7 +120,7 @@ def _same_questions(run: pd.DataFrame, base: pd.DataFrame) -> bool:
 def _beside(runs: Mapping[Hashable, pd.DataFrame]) -> pd.DataFrame:
     """Verdicts of runs on the same questions, checked and sorted."""
     first = next(iter(runs.values()))
-    described = {
+    described: dict[Hashable, pd.Series] = {
         "benchmark": first["benchmark"],
         "modality": first["modality"],
         "cluster": first["task"] + "/" + _clusters(first),
@@ -228,7 +228,7 @@ def compare(
     seed: int = SEED,
 ) -> PairedDifference:
     """``paired_difference`` of verdicts that ``join`` brought together."""
-    options = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
     return differences(pairs, [("run", "base")], **options)[0]
 
 

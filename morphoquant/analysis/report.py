@@ -58,8 +58,9 @@ class Report:
             StorageError: the folder cannot be written.
         """
         text, csv = self.markdown(), self.frame.to_csv(index=False, lineterminator="\n")
-        write_atomic(folder / f"{name}.csv", lambda p: p.write_bytes(csv.encode()))
-        write_atomic(folder / f"{name}.md", lambda p: p.write_bytes(text.encode()))
+        for suffix, content in (("csv", csv), ("md", text)):
+            data = content.encode()
+            write_atomic(folder / f"{name}.{suffix}", lambda p, data=data: _fill(p, data))
         written = {name: folder / f"{name}.md"}
         for inner, part in self.parts.items():
             written |= part.write(folder, inner)
@@ -71,6 +72,10 @@ class Report:
         for part in self.parts.values():
             if part.printed:
                 part.show()
+
+
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -145,7 +145,9 @@ def _frame(
     rank = list(dict.fromkeys(published[SOURCE])).index
     together = together.sort_values(SOURCE, key=lambda s: s.map(rank), kind="stable")
     asked = [name for name in BENCHMARKS if name in measured]
-    asked += [c for c in measured if f"Δ {c}" in measured and c not in asked and c != "mean"]
+    asked += [
+        c for c in map(str, measured) if f"Δ {c}" in measured and c not in asked and c != "mean"
+    ]
     numbers = [*asked, "mean", "W bits", "A bits"]
     frame = beside(
         measured[[*KEYS, *numbers]].assign(**{SOURCE: MEASURED}),

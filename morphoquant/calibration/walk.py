@@ -48,12 +48,14 @@ class _Reached(Exception):
 
 
 def labels_for(labels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Modality labels for the rows of ``x``.
+    """Modality labels for the rows of ``x``, on its device.
 
-    A vision merger concatenates neighbouring tokens: its rows are fewer, and all tokens of a
-    tower call have one modality, so the first labels serve.
+    Labels lie where a prompt enters the model, which may be spread over several GPUs. A vision
+    merger concatenates neighbouring tokens: its rows are fewer, and all tokens of a tower call
+    have one modality, so the first labels serve.
     """
     rows = x.shape[:-1]
+    labels = labels.to(x.device)
     if labels.shape == rows:
         return labels
     flat = labels.reshape(-1)

@@ -79,6 +79,12 @@ class ModelConfig(Strict):
     revision: str | None = None
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """Spread the model over all GPUs that are seen; null puts it on one. ``balanced`` (and
+    ``auto``) evens memory out, ``sequential`` fills one GPU after the other."""
+    max_memory: dict[int | str, str] | None = None
+    """With ``device_map``: what a GPU may hold, e.g. ``{0: 20GiB, 1: 40GiB}``; null: what is free.
+    Calibration needs room beside the weights."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null leaves torch's own choice (one per core)."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"

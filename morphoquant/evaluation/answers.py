@@ -1,7 +1,9 @@
-"""Answers, kept as they come: one append-only JSON-lines file per task.
+"""Answers, kept as they come: an append-only JSON-lines file per task and rank.
 
 A killed run loses at most the batch it was working on. The last line of such a file may be torn;
-it is cut off when the file is opened again, so nothing is ever appended to half a record.
+it is cut off when the file is opened again, so nothing is ever appended to half a record. Every
+rank appends to a file of its own and reads those of all: it does not matter how many there are,
+nor how many there were when an answer was written.
 """
 
 from __future__ import annotations
@@ -51,16 +53,21 @@ def _parse(line: bytes) -> Answer | None:
 
 
 class AnswerStore:
-    """The answers of one task on disk, newest wins; a context manager."""
+    """The answers of one task on disk; a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        """Open ``path``, reading what is there and cutting off a torn last line.
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        """Open a rank's file, reading what is there and cutting off a torn last line.
+
+        Args:
+            path: ``<task>.jsonl``, the file of rank 0; rank 1 has ``<task>.rank1.jsonl`` beside it.
+            rank: whose file is appended to.
 
         Raises:
             StorageError: the file cannot be opened for writing.
         """
-        self.path = path
-        self._answers: dict[int, Answer] = {}
+        self.first = path
+        self.path = path = path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}")
+        self._answers: dict[tuple[int, str], Answer] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = not path.exists()
@@ -70,6 +77,7 @@ class AnswerStore:
                 os.fsync(folder)
                 os.close(folder)
             self._size = self._read()
+            self.read_others()
         except OSError as error:
             raise self._failure(error) from error
 
@@ -81,23 +89,38 @@ class AnswerStore:
         )
 
     def _read(self) -> int:
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
-            answer = _parse(line)
-            if answer is None:
-                log.warning("%s, line %d: not a whole record; it is asked again", self.path, number)
-            else:
-                self._answers[answer.doc_id] = answer
-        if end < len(data):
+        end, size = self._take(self.path)
+        if end < size:
             os.ftruncate(self._file, end)
             os.fsync(self._file)
         return end
 
+    def read_others(self) -> None:
+        """Read what other ranks wrote, up to its last whole line; call it while none writes."""
+        for path in sorted(self.first.parent.glob(f"{self.first.stem}.rank*{self.first.suffix}")):
+            if path != self.path:
+                self._take(path)
+        if self.path != self.first and self.first.exists():
+            self._take(self.first)
+
+    def _take(self, path: Path) -> tuple[int, int]:
+        """Take the records of a file; where its last whole line ends, and its size."""
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
+            answer = _parse(line)
+            if answer is None:
+                log.warning("%s, line %d: not a whole record; it is asked again", path, number)
+            else:
+                self._keep(answer)
+        return end, len(data)
+
+    def _keep(self, answer: Answer) -> None:
+        self._answers[answer.doc_id, answer.prompt_sha256] = answer
+
     def get(self, doc_id: int, prompt_sha256: str) -> Answer | None:
         """The stored answer to exactly this prompt, if there is one."""
-        answer = self._answers.get(doc_id)
-        return answer if answer is not None and answer.prompt_sha256 == prompt_sha256 else None
+        return self._answers.get((doc_id, prompt_sha256))
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Write answers and wait until they are on the disk.
@@ -119,7 +142,8 @@ class AnswerStore:
                 log.debug("%s: could not cut off a torn line", self.path)
             raise self._failure(error) from error
         self._size += len(data)
-        self._answers.update({answer.doc_id: answer for answer in answers})
+        for answer in answers:
+            self._keep(answer)
 
     def __len__(self) -> int:
         return len(self._answers)

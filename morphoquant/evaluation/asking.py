@@ -19,10 +19,11 @@ from typing import Any
 from morphoquant.errors import HarnessError
 from morphoquant.evaluation.answers import Answer, AnswerStore
 from morphoquant.evaluation.data import doc_name
-from morphoquant.evaluation.errors import DataError
+from morphoquant.evaluation.errors import DataError, StorageError
 from morphoquant.evaluation.protocol import Generator, Progress
 from morphoquant.evaluation.tasks import Task
 from morphoquant.models.messages import Conversation
+from morphoquant.ranks import Ranks
 
 MEDIA = ("image", "video", "audio")
 HEAD = 1 << 20  # bytes of a video file that enter its hash
@@ -151,6 +152,12 @@ def _naming(task: Task, request: Request) -> Iterator[None]:
         raise DataError(f"task {task.name}, question {request.doc_id}: {kind}{error}") from error
 
 
+def _digest(described: Sequence[Question], batches: Sequence[Sequence[int]]) -> str:
+    """What is left to ask, and in which batches."""
+    asked = [[described[i].sha256 for i in batch] for batch in batches]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
 def cut(text: str, until: Sequence[str]) -> str:
     """The text up to the first stop string, as lmms-eval's own models cut it."""
     for stop in until:
@@ -169,19 +176,22 @@ class Asker:
         store: AnswerStore,
         batch_size: int,
         progress: Progress | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.task = task
         self.generator = generator
         self.store = store
         self.batch_size = batch_size
         self.progress = progress
+        self.ranks = ranks or Ranks()
         self.questions: dict[int, Question] = {}
         self.answers: dict[int, Answer] = {}
 
     def ask(self, requests: Sequence[Request]) -> list[tuple[str, Answer]]:
-        """(text to score, answer) for every request, in order.
+        """(text to score, answer) for every request, in order; batches are shared with other ranks.
 
         Raises:
+            RankError: another rank failed, or has other questions left.
             DataError: a prompt cannot be built.
             StorageError: answers cannot be written.
         """
@@ -194,18 +204,41 @@ class Asker:
                 pending.append(index)
             else:
                 self.answers[question.doc_id] = stored
-        self._report(len(described))
-        for batch in self._batches(described, pending):
+        known, total = len(described) - len(pending), len(described)
+        self._report(known, total)
+        batches = list(self._batches(described, pending))
+        # Nobody writes before everybody has read what is there.
+        self.ranks.agree(f"questions left of {self.task.name}", _digest(described, batches))
+        done = 0
+        for number in self.ranks.draw(len(batches)):
+            batch = batches[number]
             self._answer([requests[i] for i in batch], [described[i] for i in batch])
-            self._report(len(described))
+            done += len(batch)
+            self._report(known + self.ranks.count(len(batch), done), total)
+        self.ranks.gather(f"answers to {self.task.name}")
+        self.store.read_others()
+        for question in described:
+            if question.doc_id not in self.answers:
+                self.answers[question.doc_id] = self._elsewhere(question)
         return [
             (cut(self.answers[question.doc_id].text, question.until), self.answers[question.doc_id])
             for question in described
         ]
 
-    def _report(self, total: int) -> None:
+    def _elsewhere(self, question: Question) -> Answer:
+        """An answer that another rank wrote."""
+        answer = self.store.get(question.doc_id, question.sha256)
+        if answer is None:
+            raise StorageError(
+                f"{self.store.first.parent}: no rank's file holds an answer to question "
+                f"{question.doc_id} of {self.task.name}. All ranks must see the same folder; set "
+                f"paths.runs to one that they share"
+            )
+        return answer
+
+    def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
-            self.progress(len(self.answers), total, self.task.name)
+            self.progress(done, total, self.task.name)
 
     def _batches(self, described: Sequence[Question], pending: list[int]) -> Iterator[list[int]]:
         """Groups of one kind of media; longest first, so that too little memory shows at once."""

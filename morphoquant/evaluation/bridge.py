@@ -64,18 +64,27 @@ _quiet()
 
 
 @contextlib.contextmanager
-def _hf_home(path: Path | None) -> Iterator[None]:
-    """``HF_HOME`` pointing elsewhere for a moment; None changes nothing."""
-    before = os.environ.get("HF_HOME")
-    if path is not None:
-        os.environ["HF_HOME"] = str(path)
+def _environment(**changes: str | None) -> Iterator[None]:
+    """Environment variables with other values (None: unset) for a moment."""
+    before = {name: os.environ.get(name) for name in changes}
+
+    def put(values: dict[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(changes)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("HF_HOME", None)
-        else:
-            os.environ["HF_HOME"] = before
+        put(before)
+
+
+def _alone() -> contextlib.AbstractContextManager[None]:
+    """For lmms-eval there is one process: it would deal questions and scoring out by itself."""
+    return _environment(RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
 
 
 def _stock_config(task: Task, data: LocalData | None, scratch: Path) -> dict[str, Any]:
@@ -85,12 +94,13 @@ def _stock_config(task: Task, data: LocalData | None, scratch: Path) -> dict[str
     while its YAML is loaded: so that is the only moment at which it is another one. Later (the
     hub's cache is found by it too) it is the user's again.
     """
-    home = None
+    home: dict[str, str | None] = {}
     if task.benchmark == "videomme" and data is not None:
-        home = scratch / "hf_home"
-        (home / "videomme").mkdir(parents=True)
-        (home / "videomme" / "data").symlink_to(data.videos.resolve(), target_is_directory=True)
-    with _hf_home(home):
+        folder = scratch / "hf_home" / "videomme"
+        folder.mkdir(parents=True)
+        (folder / "data").symlink_to(data.videos.resolve(), target_is_directory=True)
+        home["HF_HOME"] = str(folder.parent)
+    with _environment(**home):
         config: dict[str, Any] = load_yaml_config(str(registry.stock_yaml(task)), mode="full")
     return config
 
@@ -264,7 +274,7 @@ def run_task(
     """
     with tempfile.TemporaryDirectory(prefix="morphoquant-") as name, _random_states():
         scratch = Path(name)
-        with _no_dataset_bars():
+        with _no_dataset_bars(), _alone():
             stock = load_task(task, data, scratch)
             manager = lmms_eval.evaluator.TaskManager(include_defaults=False)
             try:

@@ -12,6 +12,7 @@ from morphoquant.evaluation.asking import Asker
 from morphoquant.evaluation.data import locate
 from morphoquant.evaluation.protocol import Generator, Progress
 from morphoquant.evaluation.results import SAMPLE_COLUMNS, Evaluation, TaskResult
+from morphoquant.ranks import Ranks
 
 if TYPE_CHECKING:
     from morphoquant.config.schema import BenchmarkConfig, PathsConfig
@@ -25,6 +26,7 @@ def evaluate(
     paths: PathsConfig,
     answers_dir: Path,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Ask every question of the benchmark and score the answers with lmms-eval's own task code.
 
@@ -38,8 +40,11 @@ def evaluate(
         paths: where the embedded sets are kept.
         answers_dir: this run's folder for answers; made if missing.
         progress: called as ``progress(done, total, task)`` after every batch.
+        ranks: the processes that share the questions; every one of them gets all answers and the
+            scores. Rank 1 keeps its answers in ``<task>.rank1.jsonl``.
 
     Raises:
+        RankError: another process failed, or would ask other questions.
         DataError: questions that cannot be loaded or turned into a prompt.
         StorageError: answers that cannot be written; run again to go on.
         ScoringError: the stock scoring failed, or per-sample records do not add up to its score.
@@ -50,13 +55,14 @@ def evaluate(
         return Evaluation({}, pd.DataFrame(columns=list(SAMPLE_COLUMNS)))
     from morphoquant.evaluation import bridge, scoring
 
+    ranks = ranks or Ranks()
     results: dict[str, TaskResult] = {}
     rows: list[dict[str, Any]] = []
     for name in benchmark.tasks:
         task = registry.find(name)
         data = locate(task, benchmark, paths)
-        with AnswerStore(Path(answers_dir) / f"{name}.jsonl") as store:
-            asker = Asker(task, generator, store, benchmark.batch_size, progress)
+        with AnswerStore(Path(answers_dir) / f"{name}.jsonl", ranks.rank) as store:
+            asker = Asker(task, generator, store, benchmark.batch_size, progress, ranks)
             metrics, samples = bridge.run_task(task, data, benchmark.limit, asker)
         scored = scoring.records(task, asker, samples)
         results[name] = scoring.result(task, asker, metrics, scored)

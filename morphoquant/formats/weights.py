@@ -105,8 +105,10 @@ def fake_quantize_weight(
     views = (slices(each, granularity, group_size) for each in (weight, codes, values))
     for parts in zip(*views, strict=True):
         found = [
-            _round_rows(*pieces, grid, work, clip)
-            for pieces in zip(*(part.split(_rows(parts[0])) for part in parts), strict=True)
+            _round_rows(part, code, value, grid, work, clip)
+            for part, code, value in zip(
+                *(each.split(_rows(parts[0])) for each in parts), strict=True
+            )
         ]
         scales.append(torch.cat([scale for scale, _ in found]))
         zeros += [torch.cat([z for _, z in found if z is not None])] if not grid.symmetric else []

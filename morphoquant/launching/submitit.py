@@ -98,7 +98,8 @@ class Local(_Submitit, LocalLauncher):
     def _submit(self, jobs: gather.Jobs) -> dict[int, Any]:
         at_once = self._limit(len(jobs))
         threads = int(self.params.get("threads") or max(cores() // at_once, 1))
-        executor, submitted = self._executor(), {}
+        executor = self._executor()
+        submitted: dict[int, Any] = {}
         for number, arguments in zip(jobs, self._arguments(jobs), strict=True):
             while sum(not job.done() for job in submitted.values()) >= at_once:
                 time.sleep(0.2)

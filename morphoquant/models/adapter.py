@@ -19,22 +19,10 @@ from morphoquant.models import qwen_omni
 from morphoquant.models.loading import ModelError, check
 from morphoquant.models.media import SAMPLE_RATE, as_rgb, as_waveform, read_clip
 from morphoquant.models.messages import Conversation, Generation
+from morphoquant.models.placement import check_blocks, pick_device, plan
 from morphoquant.models.structure import Block, ResidualStream, TokenLabels, Tower
 
 Batch = dict[str, torch.Tensor]
-
-
-def pick_device(config: ModelConfig) -> torch.device:
-    """``auto`` takes a GPU when there is one.
-
-    Raises:
-        ModelError: ``cuda`` was asked for and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device: 'cuda' but torch sees no GPU; use model.device=cpu or auto")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
 
 
 def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -95,9 +83,12 @@ class OmniAdapter:
             options["revision"] = config.revision
         try:
             processor = Qwen2_5OmniProcessor.from_pretrained(source, **options)
+            dtype = pick_dtype(config, device)
+            placed = plan(config, source, options, dtype)
             model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 source,
-                dtype=pick_dtype(config, device),
+                dtype=dtype,
+                device_map=placed,
                 attn_implementation=config.attention,
                 use_safetensors=True,
                 **options,
@@ -108,14 +99,21 @@ class OmniAdapter:
                 f"download the checkpoint elsewhere and give its folder: model.path=FOLDER"
             ) from error
         check_finite(model, config.path)
-        model.to(device).eval().requires_grad_(False)
-        return cls(model, processor, config)
+        if placed is None:
+            model.to(device)
+        model.eval().requires_grad_(False)
+        adapter = cls(model, processor, config)
+        for tower in ("vision", "audio", "decoder") if placed else ():
+            check_blocks(adapter.blocks(tower))  # type: ignore[arg-type]
+        return adapter
 
     # ----------------------------------------------------------------- structure
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where prompts enter; a model may be spread over further devices."""
+        found: torch.device = qwen_omni.text_model(self.model).embed_tokens.weight.device
+        return found
 
     def blocks(self, tower: Tower) -> tuple[Block, ...]:
         return qwen_omni.blocks(self.model, tower)

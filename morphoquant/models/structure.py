@@ -41,10 +41,13 @@ class TokenLabels:
         self.current: torch.Tensor | None = None
 
     def matching(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Labels of the rows of ``x`` [..., channels], or None where they have another shape."""
+        """Labels of the rows of ``x`` [..., channels], or None where they have another shape.
+
+        They are handed out on the device of ``x``.
+        """
         if self.current is None or self.current.shape != x.shape[:-1]:
             return None
-        return self.current
+        return self.current.to(x.device)
 
 
 @dataclass(frozen=True)

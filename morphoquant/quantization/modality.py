@@ -30,6 +30,7 @@ def kinds_of(joint_vision: bool) -> dict[str, tuple[Modality, ...]]:
     Args:
         joint_vision: pictures and clips are one kind, ``vision`` (as published), or two.
     """
+    vision: dict[str, tuple[Modality, ...]]
     if joint_vision:
         vision = {"vision": (Modality.IMAGE, Modality.VIDEO)}
     else:

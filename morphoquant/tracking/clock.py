@@ -15,9 +15,9 @@ class Clock:
 
     Attributes:
         seconds: wall time by phase.
-        peak_memory_mb: MiB by phase. On a GPU the most that torch held allocated during the phase;
-            on a CPU the process's largest resident size up to the end of the phase, which never
-            falls.
+        peak_memory_mb: MiB by phase. On GPUs the most that torch held allocated during the phase,
+            added up over those that this process sees; on a CPU the process's largest resident
+            size up to the end of the phase, which never falls.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -42,12 +42,15 @@ def _on_gpu() -> bool:
 
 def _reset_peak() -> None:
     if _on_gpu():
-        sys.modules["torch"].cuda.reset_peak_memory_stats()
+        cuda = sys.modules["torch"].cuda
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
 
 
 def _peak() -> float:
     if _on_gpu():
-        return round(sys.modules["torch"].cuda.max_memory_allocated() / 2**20, 1)
+        cuda = sys.modules["torch"].cuda
+        return round(sum(map(cuda.max_memory_allocated, range(cuda.device_count()))) / 2**20, 1)
     import resource
 
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from morphoquant.ranks import Ranks
+
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 QUIET = 3.0  # seconds that go by before the first line: short work says nothing
 
@@ -62,6 +64,9 @@ class _Lines:
 @contextmanager
 def progress(title: str, total: int, unit: str = "steps") -> Iterator[Callable[[int], None]]:
     """``with progress("Quantizing", 28, unit="blocks") as step: ...; step(1)``."""
+    if not Ranks.of_process().leads:  # one bar is enough for all
+        yield lambda count: None
+        return
     if _prefix is not None or not sys.stderr.isatty():
         yield _Lines(title, total, unit).step
         return

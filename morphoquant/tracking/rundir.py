@@ -85,11 +85,16 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 class RunDirectory:
-    """The directory of one run; see the module's text for what lies in it."""
+    """The directory of one run; see the module's text for what lies in it.
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    Where several processes work on a run, one of them ``writes``; for the others every method that
+    would write does nothing.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], writes: bool = True) -> None:
         self.path = path
         self.identity = identity
+        self.writes = writes
         self.fingerprint = fingerprint(identity)
 
     @classmethod
@@ -99,6 +104,7 @@ class RunDirectory:
         name: str,
         identity: dict[str, Any],
         about: Callable[[], dict[str, Any]] | None = None,
+        writes: bool = True,
     ) -> RunDirectory:
         """Make the directory, or take it up again; say what a new one has new.
 
@@ -107,12 +113,15 @@ class RunDirectory:
             name: of the run; the fingerprint is put behind it.
             identity: what makes this run this run.
             about: what else ``identity.json`` tells, outside of the fingerprint; asked once.
+            writes: whether this process may write: of several ranks, the first.
 
         Raises:
             StorageError: it cannot be made.
         """
         path = Path(root) / f"{name}-{fingerprint(identity)[:NAME_DIGITS]}"
-        directory = cls(path, identity)
+        directory = cls(path, identity, writes)
+        if not writes:
+            return directory
         with _storing(path):
             path.mkdir(parents=True, exist_ok=True)
         if not (path / IDENTITY).is_file():
@@ -149,6 +158,9 @@ class RunDirectory:
 
         The lock dies with its process, so a killed run leaves none behind.
         """
+        if not self.writes:
+            yield
+            return
         from filelock import FileLock, Timeout
 
         with _storing(self.path):
@@ -165,17 +177,20 @@ class RunDirectory:
 
     # ------------------------------------------------------------------- writing
 
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        """A file that ``fill`` writes to the path it is given; see :func:`write_atomic`."""
+        if self.writes:
+            write_atomic(self.path / name, fill)
+
     def write_text(self, name: str, text: str) -> None:
-        write_atomic(self.path / name, lambda path: _write_text(path, text))
+        self.write(name, lambda path: _write_text(path, text))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """A table as ``<name>.parquet``."""
-        write_atomic(
-            self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False)
-        )
+        self.write(f"{name}.parquet", lambda path: frame.to_parquet(path, index=False))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result: from now on the run counts as finished."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from morphoquant.config.schema import TrackerConfig
 
@@ -111,6 +111,7 @@ def open_tracker(
         return NoTracker()
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports to its makers
+    modes: list[Literal["online", "offline"]] = ["offline"]
     modes = ["online", "offline"] if settings.mode == "online" else ["offline"]
     error: Exception | None = None
     try:
@@ -136,7 +137,7 @@ def _start(
     name: str,
     group: str | None,
     directory: Path,
-    mode: str,
+    mode: Literal["online", "offline"],
 ) -> Any:
     import wandb
 
@@ -154,7 +155,7 @@ def _start(
     )
 
 
-BOUNDED = {
+BOUNDED: dict[str, Any] = {
     "x_graphql_retry_max": 5,
     "x_graphql_retry_wait_max_seconds": 5.0,
     "x_file_stream_retry_max": 5,

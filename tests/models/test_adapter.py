@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from morphoquant.config.schema import MediaConfig, ModelConfig, ScopeConfig
-from morphoquant.models.adapter import OmniAdapter, pick_device, pick_dtype
+from morphoquant.models.adapter import OmniAdapter, pick_dtype
 from morphoquant.models.loading import ModelError, embedded_folder
 from morphoquant.models.media import MediaError, read_clip
+from morphoquant.models.placement import pick_device
 
 
 def text(content: str) -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ class GradientBalance:
             self.media.append({})
             self.answer.append({})
         size = gradient.abs().mean(-1, dtype=torch.float64)
+        kinds = kinds.to(size.device)
         own = float(size[kinds == int(Modality.TEXT)].mean())
         for kind, members in KINDS.items():
             chosen = torch.isin(kinds, kinds.new_tensor([int(m) for m in members]))
@@ -188,9 +189,10 @@ def gradient_balance(adapter: OmniAdapter, samples: Sequence[Sample]) -> Gradien
         predicting = answers.roll(-1, 1)
         with torch.enable_grad():
             last = segment.hidden.detach().requires_grad_()
-            logits = stream.lm_head(stream.final_norm(last[predicting]))
+            logits = stream.lm_head(stream.final_norm(last[predicting.to(last.device)]))
             exact = torch.promote_types(logits.dtype, torch.float32)
-            loss = F.cross_entropy(logits.to(exact), batch["input_ids"][answers])
+            targets = batch["input_ids"][answers].to(logits.device)
+            loss = F.cross_entropy(logits.to(exact), targets)
             (gradient,) = torch.autograd.grad(loss, last)
         for index, layer in reversed(list(enumerate(stream.layers))):
             segment.hidden = inputs.pop()

@@ -81,21 +81,21 @@ class LearnedRotation:
 
     Attributes:
         n: width.
-        matrix: R in float64; the products use a copy in the dtype and on the device of x.
+        matrix: R in float64; the products use copies in the dtypes and on the devices that x has.
     """
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.matrix = matrix
         self.n = matrix.shape[0]
-        self._copy: torch.Tensor | None = None
+        self._copies: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def _like(self, x: torch.Tensor) -> torch.Tensor:
-        found = self._copy
-        if found is None or (found.dtype, found.device) != (x.dtype, x.device):
-            # One leaf for all products of a pass: it gathers their gradients.
-            found = self.matrix.detach().to(device=x.device, dtype=x.dtype).requires_grad_()
-            self._copy = found
-        return found
+        key = (x.dtype, x.device)
+        if key not in self._copies:
+            # One leaf for all products of a pass on a device: it gathers their gradients.
+            copy = self.matrix.detach().to(device=x.device, dtype=x.dtype, copy=True)
+            self._copies[key] = copy.requires_grad_()
+        return self._copies[key]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] -> x R."""
@@ -107,9 +107,10 @@ class LearnedRotation:
 
     def descend(self, rate: float, iterations: int) -> None:
         """Take a step along the gradient that the last backward pass left."""
-        assert self._copy is not None, "no pass went through this rotation"
-        assert self._copy.grad is not None, "no backward pass went through this rotation"
-        gradient = self._copy.grad.to(self.matrix)
+        assert self._copies, "no pass went through this rotation"
+        found = [copy.grad for copy in self._copies.values() if copy.grad is not None]
+        assert found, "no backward pass went through this rotation"
+        gradient = torch.stack([grad.to(self.matrix) for grad in found]).sum(0)
         self._replace(cayley_step(self.matrix, gradient, rate, iterations))
 
     @property
@@ -124,4 +125,4 @@ class LearnedRotation:
         return error
 
     def _replace(self, matrix: torch.Tensor) -> None:
-        self.matrix, self._copy = matrix, None
+        self.matrix, self._copies = matrix, {}

@@ -119,7 +119,8 @@ def _rotate_residual(stream: ResidualStream, r1: _ResidualRotation) -> None:
     for norm, linears in stream.consumers():
         gain = norm.weight.detach().double()  # type: ignore[operator, union-attr]
         for linear in linears:
-            _rewrite_rows(linear.weight, lambda w, g=gain: r1(w * g))  # type: ignore[misc]
+            on = gain.to(linear.weight.device)  # the last norm and lm_head may lie on two GPUs
+            _rewrite_rows(linear.weight, lambda w, g=on: r1(w * g))  # type: ignore[misc]
         norm.weight.data.fill_(1.0)  # type: ignore[operator, union-attr]
     for embedding in (stream.embedding, *stream.extra_embeddings):
         _rewrite_rows(embedding.weight, r1)

@@ -46,7 +46,7 @@ class Losses:
         self, candidate: int, exact: torch.Tensor, rough: torch.Tensor, kinds: torch.Tensor
     ) -> None:
         """Count the outputs [..., channels] of tokens labelled ``kinds`` [...]; -1 is left out."""
-        flat = kinds.reshape(-1)
+        flat = kinds.reshape(-1).to(exact.device)
         real = (flat >= 0).nonzero().flatten()
         if not real.numel():
             return
