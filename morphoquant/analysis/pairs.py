@@ -122,7 +122,7 @@ def pairwise(runs: Sequence[dict[str, Any]], found: Found) -> pd.DataFrame:
     ]
     if benchmarks:
         raw = frame[[f"p {name}" for name in benchmarks]]
-        adjusted = holm(pd.Series(raw.stack(future_stack=True))).unstack()
+        adjusted = holm(raw.stack(future_stack=True)).unstack()  # type: ignore[arg-type]
         for name in benchmarks:
             frame[f"p adjusted {name}"] = adjusted[f"p {name}"]
             frame[f"verdict {name}"] = [

@@ -58,9 +58,8 @@ class Report:
             StorageError: the folder cannot be written.
         """
         text, csv = self.markdown(), self.frame.to_csv(index=False, lineterminator="\n")
-        for suffix, content in (("csv", csv), ("md", text)):
-            data = content.encode()
-            write_atomic(folder / f"{name}.{suffix}", lambda p, data=data: _fill(p, data))
+        write_atomic(folder / f"{name}.csv", lambda p: _fill(p, csv))
+        write_atomic(folder / f"{name}.md", lambda p: _fill(p, text))
         written = {name: folder / f"{name}.md"}
         for inner, part in self.parts.items():
             written |= part.write(folder, inner)
@@ -74,8 +73,8 @@ class Report:
                 part.show()
 
 
-def _fill(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def _fill(path: Path, text: str) -> None:
+    path.write_bytes(text.encode())
 
 
 def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -73,6 +73,7 @@ class Ray(RayLauncher):
         with open_dict(composed):
             composed.hydra.job.id = f"job_{number}"
             composed.hydra.job.num = number
+        assert self.task_function is not None
         return launch_job_on_ray(
             self.hydra_context,
             self.ray_cfg.remote,
