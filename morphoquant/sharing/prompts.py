@@ -281,12 +281,13 @@ def _computation(adapter: OmniAdapter, attention: str) -> dict[str, Any]:
     """What decides how sums are rounded."""
     import torch
 
-    device = adapter.device
+    devices = {parameter.device for parameter in adapter.model.parameters()}
     found: dict[str, Any] = {"dtype": str(adapter.model.dtype), "attention": attention}
-    if device.type == "cuda":
-        return found | {"device": torch.cuda.get_device_name(device)}
+    if adapter.device.type == "cuda":  # where a model is spread out, over all of its GPUs
+        names = {torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices}
+        return found | {"devices": sorted(names)}
     return found | {
-        "device": device.type,
+        "devices": sorted(str(device) for device in devices),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }

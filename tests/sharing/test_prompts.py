@@ -112,17 +112,12 @@ def same(a: Any, b: Any, place: str = "") -> None:
         (("method=morphoquant", "ablation=mask_local_or_global"), False),
         (("method=morphoquant", "method/compensation=static_bias_per_modality"), True),
         (("method=gptq",), True),
-        (("method=gptq", "method/activation=per_channel_static", "ablation=mask_local_or_global",
-          "method/compensation=dabc"), True),
-        (("method=awq", "bits=w4a16"), True),
         (("method=atom",), False),
-        (("method=mquant", "bits=w4a8"), False),
         (("method=morphoquant_folded",), False),
-        (("method=quarot",), False),
         (("method=masquant", "method.transform.steps=1"), True),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_a_walk_decides_the_same_with_and_without_the_cache(
     configure: Callable[..., RunConfig],
     omni: Any,
