@@ -39,7 +39,7 @@ from morphoquant.quantization.compensation import (
     describe_compensation,
 )
 from morphoquant.quantization.gather import Gathered
-from morphoquant.quantization.install import describe_activation, install
+from morphoquant.quantization.install import Visit, describe_activation, install
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.manifest import LinearRecord, Manifest
 from morphoquant.quantization.masks import ScoreMoments, group_mask
@@ -62,15 +62,6 @@ PROBE, PROBE_QUANTIZED = "probe", "probe_quantized"
 Segments = dict[str, list[Segment]]
 
 
-@dataclass(frozen=True)
-class Visit:
-    """Where the walk is: a block, its number, and what its groups' inputs go through."""
-
-    index: int
-    block: Block
-    sources: dict[str, GroupInput]
-
-
 Work = Callable[[Visit, list[Segment], bool], None]
 """A pass over some prompts; the last argument says whether they move to the next block."""
 
@@ -88,9 +79,7 @@ class BlockQuantizer:
         moments: scores of all layers, for masks with a global rule (see ``survey``).
         meter: measures errors on probe prompts, where the walk is given some.
         labels: the modality of the tokens under way; needed where ``needs_labels``.
-        recall: gives the statistics of a block that were taken before, in place of observing them;
-            statistics prompts then pass for what else needs them.
-        taken: where given, filled with all statistics that ranges and masks were chosen from.
+        recall: gives a block's statistics, taken before, in place of an observation.
     """
 
     method: MethodConfig
@@ -106,7 +95,6 @@ class BlockQuantizer:
     meter: ErrorMeter = field(default_factory=ErrorMeter)
     labels: TokenLabels = field(default_factory=TokenLabels)
     recall: Recall | None = None
-    taken: dict[tuple[str, str], ModalityStatistics] | None = None
 
     @property
     def quantizes_activations(self) -> bool:
@@ -148,11 +136,10 @@ class BlockQuantizer:
     @property
     def needs_labels(self) -> bool:
         """Whether the quantized model must know the modality of the tokens it is given."""
+        by_scale = self.method.transform.name == "modality_smooth"
         by_range = self.is_static and self.method.activation.granularity == "per_modality"
-        if self.method.transform.name == "modality_smooth":
-            return True
         by_branch = self.biases or needs_moments_by_kind(self.method, self.bits)
-        return by_range or (by_branch and self.method.compensation.per_modality)
+        return by_scale or by_range or (by_branch and self.method.compensation.per_modality)
 
     @property
     def chooses(self) -> bool:
@@ -269,12 +256,8 @@ class BlockQuantizer:
                 if self.is_static:
                     mask = self.masks.get(key)
                     self.choices[key] = start_choice(self.method, statistics, mask)
-        for name, statistics in found.items():
-            statistics.cpu()
-            if self.observe:
-                self.collected[at.block.name, name] = statistics
-            if self.taken is not None:
-                self.taken[at.block.name, name] = statistics
+        for name, statistics in found.items() if self.observe else ():
+            self.collected[at.block.name, name] = statistics.cpu()
 
     def _pass_on(self, at: Visit, segments: list[Segment], move: bool) -> None:
         self._run(at, segments, move, None)

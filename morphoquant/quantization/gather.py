@@ -21,7 +21,8 @@ MAX_TOKENS = 512  # that a clip search looks at (SPEC 4.3)
 
 def gathers(method: MethodConfig, bits: BitsConfig) -> bool:
     """Whether rounding looks at activations at all."""
-    return needs_second_moment(method, bits) or needs_tokens(method, bits)
+    asked = (needs_second_moment, needs_moments_by_kind, needs_tokens)
+    return any(needs(method, bits) for needs in asked)
 
 
 class Gathered:
@@ -33,7 +34,7 @@ class Gathered:
     """
 
     def __init__(self, method: MethodConfig, bits: BitsConfig, batches: int) -> None:
-        self.method = method
+        self.method, self.bits = method, bits
         self.moments = needs_second_moment(method, bits)
         self.keeps = needs_tokens(method, bits)
         self.share = math.ceil(MAX_TOKENS / max(batches, 1))
@@ -49,7 +50,7 @@ class Gathered:
 
     @property
     def wanted(self) -> bool:
-        return self.moments or self.keeps or bool(self.kinds)
+        return gathers(self.method, self.bits)
 
     def update(self, x: torch.Tensor, labels: torch.Tensor) -> None:
         """Add activations [..., channels] with modality labels [...]; padding is skipped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from morphoquant.config.schema import ActivationConfig
@@ -14,6 +15,15 @@ from morphoquant.quantization.manifest import LinearRecord
 from morphoquant.quantization.modality import RescaledInputLinear
 
 NOTHING = {"format": "none", "bits": 16, "effective_bits": 16.0}
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Where the walk is: a block, its number, and what its groups' inputs go through."""
+
+    index: int
+    block: Block
+    sources: dict[str, GroupInput]
 
 
 def install(

@@ -97,9 +97,10 @@ def sees_the_walk(method: MethodConfig, bits: BitsConfig, towers: Sequence[Tower
     """Whether a survey and the walk's own observation see the same activations.
 
     They do where weights are rounded as the survey rounds them, and where no tower in front of the
-    decoder is quantized meanwhile.
+    decoder is quantized meanwhile. (The survey knows no scales per modality.)
     """
-    return len(towers) == 1 and not gathers(method, bits) and not rounds_late(method, bits)
+    plain_weights = not gathers(method, bits) and not rounds_late(method, bits)
+    return len(towers) == 1 and plain_weights and method.transform.name != "modality_smooth"
 
 
 def survey(

@@ -155,7 +155,8 @@ def _folders(config: RunConfig) -> set[Path] | None:
     """All folders that are read; None where the hub is asked."""
     from morphoquant.evaluation import tasks as registry
 
-    mini = Path(config.paths.cache).expanduser() / "mini"
+    cache = Path(config.paths.cache).expanduser()
+    mini = cache / "mini"
     folders: set[Path] = set()
     for source in config.calibration.sources:
         if source.path.startswith("mini:"):
@@ -172,6 +173,7 @@ def _folders(config: RunConfig) -> set[Path] | None:
         task = registry.find(name)
         if root is None and not task.embedded:
             return None
-        where = mini if root is None else Path(root).expanduser()
+        built = cache / "mini_held_out" if task.held_out else mini
+        where = built if root is None else Path(root).expanduser()
         folders |= {where / task.folder, where / "videos"}
     return folders

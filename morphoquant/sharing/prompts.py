@@ -133,11 +133,11 @@ class Prompts:
     ) -> Iterator[SharedStatistics]:
         """Statistics that another run has taken, or a place for those that this one takes.
 
-        While a process takes them, others that want the same ones wait. The quantizer is told to
-        recall or to hand over what it takes.
+        While a process takes them, others that want the same ones wait. Where they were taken the
+        quantizer is told to recall them. Runs that record no statistics have nothing to share.
         """
         shared = SharedStatistics(self, calibration, towers, quantizer)
-        if self.store.root is None or not (quantizer.chooses or quantizer.observe):
+        if self.store.root is None or not quantizer.observe:
             yield shared
             return
         with self.store.claim(STATISTICS, shared.identity) as claim:
@@ -146,8 +146,6 @@ class Prompts:
                 self.statistics_from = claim.found.maker
                 log.info("statistics: read from cache (made by %s)", claim.found.maker)
                 quantizer.recall = _Recall(claim.found)
-            else:
-                quantizer.taken = {}
             yield shared
 
 
@@ -242,9 +240,9 @@ class SharedStatistics:
 
     def keep(self) -> None:
         """Hand what the walk has taken to the other runs."""
-        taken = self.quantizer.taken
-        if self.claim is None or taken is None:
+        if self.claim is None or self.claim.found is not None:
             return
+        taken = self.quantizer.collected
         tensors: dict[str, torch.Tensor] = {}
         for number, statistics in enumerate(taken.values()):
             tensors |= {f"{number}/{k}": t for k, t in statistics.state().items()}
@@ -283,12 +281,13 @@ def _computation(adapter: OmniAdapter, attention: str) -> dict[str, Any]:
     """What decides how sums are rounded."""
     import torch
 
-    device = adapter.device
+    devices = {parameter.device for parameter in adapter.model.parameters()}
     found: dict[str, Any] = {"dtype": str(adapter.model.dtype), "attention": attention}
-    if device.type == "cuda":
-        return found | {"device": torch.cuda.get_device_name(device)}
+    if adapter.device.type == "cuda":  # where a model is spread out, over all of its GPUs
+        names = {torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices}
+        return found | {"devices": sorted(names)}
     return found | {
-        "device": device.type,
+        "devices": sorted(str(device) for device in devices),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }

@@ -135,6 +135,15 @@ def test_the_hub_is_always_asked(
     assert len(asked) == 4
 
 
+def test_every_embedded_set_is_watched(configure: Callable[..., RunConfig]) -> None:
+    mini = "calibration.sources=[{reader:mmmu,path:'mini:mmmu'}]"
+    config = configure(mini, "benchmark=mini_held_out", "benchmark.data_root=null")
+    cache = Path(config.paths.cache)
+    folders = content._folders(config)
+    assert folders is not None
+    assert {cache / "mini" / "mmmu", cache / "mini_held_out" / "mmmu"} <= folders
+
+
 def test_a_checkpoint_is_hashed_once(
     configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

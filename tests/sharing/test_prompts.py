@@ -19,6 +19,7 @@ from morphoquant.calibration.samples import Calibration, load_samples
 from morphoquant.config import RunConfig, load
 from morphoquant.config.store import register
 from morphoquant.quantization import engine, survey
+from morphoquant.quantization.gather import gathers
 from morphoquant.record import statistics_tables
 from morphoquant.sharing.artifacts import ArtifactStore
 from morphoquant.sharing.prompts import Prompts, SharedStatistics
@@ -111,16 +112,12 @@ def same(a: Any, b: Any, place: str = "") -> None:
         (("method=morphoquant", "ablation=mask_local_or_global"), False),
         (("method=morphoquant", "method/compensation=static_bias_per_modality"), True),
         (("method=gptq",), True),
-        (("method=gptq", "method/activation=per_channel_static", "ablation=mask_local_or_global",
-          "method/compensation=dabc"), True),
-        (("method=awq", "bits=w4a16"), True),
         (("method=atom",), False),
-        (("method=mquant", "bits=w4a8"), False),
         (("method=morphoquant_folded",), False),
-        (("method=quarot",), False),
+        (("method=masquant", "method.transform.steps=1"), True),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_a_walk_decides_the_same_with_and_without_the_cache(
     configure: Callable[..., RunConfig],
     omni: Any,
@@ -144,7 +141,9 @@ def test_a_walk_decides_the_same_with_and_without_the_cache(
     same(disabled, cold)
     same(disabled, warm)
     assert calls[0] == calls[1]
-    assert calls[2] < calls[0], "the prompts were observed again"
+    assert calls[2] <= calls[0]
+    if not gathers(config.method, config.bits):  # whose weights need a pass of their own
+        assert calls[2] < calls[0], "the prompts were observed again"
     assert [p.statistics_from for p in prompts] == [None, None, "run 1"]
     assert prompts[0].read == prompts[2].encoded == 0
     assert (prompts[2].read == prompts[1].encoded + prompts[1].read) == rereads
