@@ -63,7 +63,7 @@ def choices() -> dict[str, dict[str, Any]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for chosen in rounds:
             overrides = [f"method/{slot}={choice}" for slot, choice in chosen.items()]
-            composed = compose("config", overrides=["method=rtn", *overrides])
+            composed = compose("config", overrides=["method=rtn_static", *overrides])
             tree = {"method": OmegaConf.to_container(composed["method"], resolve=False)}
             for slot, choice in chosen.items():
                 parent, key = node(slot, tree)
