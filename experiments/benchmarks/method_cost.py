@@ -138,6 +138,15 @@ def forward(config: RunConfig, adapter: Any, calibration: Any) -> tuple[float, i
     return time.process_time() - start, sum(int(b["attention_mask"].sum()) for b in encoded)
 
 
+def row(name: str, config: RunConfig, cost: Cost, plain: float) -> str:
+    """A method's line of the table."""
+    learned = " *" if config.method.transform.name == "spin" else ""
+    return (
+        f"| {name}{learned} | {config.bits.scheme} | {cost.transform:.1f} | {cost.walk:.1f} | "
+        f"{cost.total:.1f} | {cost.total / plain:.1f} |"
+    )
+
+
 def table(
     title: str,
     methods: tuple[str, ...],
@@ -156,11 +165,16 @@ def table(
     calibration = load_samples(some.calibration, build_mini(cache / "mini"))
     original = build()
     best: dict[str, Cost] = {}
-    plain, tokens = float("inf"), 0
+    seconds = [forward(some, original, calibration) for _ in range(repeats)]
+    plain, tokens = min(seconds)
+    print(
+        f"\n{title}, {torch.get_num_threads()} thread(s), {samples} prompts of {tokens} tokens, "
+        f"plain forward {plain:.2f} s"
+    )
+    print("| method | scheme | transform s | walk s | total s | x forward |")
+    print("|---|---|---:|---:|---:|---:|", flush=True)
     with progress(f"Timing {title}", repeats * len(configs), unit="methods") as step:
-        for _ in range(repeats):
-            seconds, tokens = forward(some, original, calibration)
-            plain = min(plain, seconds)
+        for last in range(1, repeats + 1):
             for name, config in configs.items():
                 adapter = type(original)(
                     copy.deepcopy(original.model), original.processor, original.config
@@ -170,19 +184,8 @@ def table(
                     best[name] = found
                 del adapter
                 step(1)
-    print(
-        f"\n{title}, {torch.get_num_threads()} thread(s), {samples} prompts of {tokens} tokens, "
-        f"plain forward {plain:.2f} s"
-    )
-    print("| method | scheme | transform s | walk s | total s | x forward |")
-    print("|---|---|---:|---:|---:|---:|")
-    for name, cost in best.items():
-        learned = configs[name].method.transform.name == "spin"
-        print(
-            f"| {name}{' *' if learned else ''} | {configs[name].bits.scheme} | "
-            f"{cost.transform:.1f} | {cost.walk:.1f} | {cost.total:.1f} | "
-            f"{cost.total / plain:.1f} |"
-        )
+                if last == repeats:  # at once: an interrupted benchmark keeps what it has
+                    print(row(name, config, best[name], plain), flush=True)
     if any(c.method.transform.name == "spin" for c in configs.values()):
         print(f"\\* {spin_steps} steps, extrapolated to all", flush=True)
 

@@ -61,11 +61,14 @@ def configs() -> dict[str, RunConfig]:
     """Every transform in front of a method that has both weights and activations to round."""
     register()
     few = "method.transform.steps=2"
+    found = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return {
-            name: load(compose("config", overrides=["method=rtn", f"method/transform={name}", few]))
-            for name in CHOICES
-        }
+        for name in CHOICES:
+            # Scales per modality ask for what makes up for them in the rounded weights.
+            method = "masquant" if name == "modality_smooth" else "rtn"
+            overrides = [f"method={method}", f"method/transform={name}", few]
+            found[name] = load(compose("config", overrides=overrides))
+    return found
 
 
 @torch.no_grad()
