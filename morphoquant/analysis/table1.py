@@ -65,9 +65,9 @@ DOUBTS = (
 UNMEASURED = {
     "qvlm": "Q-VLM searches ranges in blocks chosen by entropy, which no slot here does",
     "pomq_vit": "PoMQ-ViT is known from a row of numbers only",
-    "masquant": "MASQuant's smoothing per modality is no choice of the transform slot",
+    "masquant": "MASQuant stands in its own table alone (python run.py -m method=masquant)",
     "freeact": "FreeAct was published for InternVL",
-    "rtn": "RTN at these widths stands in MASQuant's table alone: python run.py -m method=rtn",
+    "rtn": "RTN at these widths stands in MASQuant's table alone (python run.py -m method=rtn)",
     "smoothquant": "SmoothQuant at this width stands in MASQuant's table alone",
 }
 """Published method -> why no row here measures it."""
