@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphoquant import evaluation
+from morphoquant.config import ConfigError, normalise
+from morphoquant.config.partial import misnamed
 from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig, TrackerConfig
 from morphoquant.objective import HeldOut
 from morphoquant.quantize import (
     InvariantError,
     agreement,
     count_on_probe,
+    probe_logits,
     probe_samples,
     quantize_cache,
     reads_calibration,
@@ -46,19 +49,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROBES_PER_MODALITY = 2
-
 
 def reference_config(config: RunConfig) -> RunConfig:
     """The same run with nothing quantized: what every table compares with."""
-    return config.model_copy(
-        update={
-            "method": MethodConfig(),
-            "bits": BitsConfig(),
-            "reference": False,
-            "objective": None,
-            "tracker": TrackerConfig(name="none") if waits_for_result() else config.tracker,
-        }
+    return normalise(
+        config.model_copy(
+            update={
+                "method": MethodConfig(),
+                "bits": BitsConfig(),
+                "reference": False,
+                "objective": None,
+                "tracker": TrackerConfig(name="none") if waits_for_result() else config.tracker,
+            }
+        )
     )
 
 
@@ -131,6 +134,7 @@ def _prepare(config: RunConfig) -> Prepared:
     store = open_store(config.paths)
     content, calibration = content_of(config, store)
     left_out: dict[str, Any] = {"tracker": True, "paths": True, "reference": True, "report": True}
+    left_out["sensitivity"] = True  # what a report makes of runs
     left_out["objective"] = True  # which of the result's numbers is handed on
     left_out["statistics"] = {"figures"}
     if not reads_calibration(config):
@@ -178,19 +182,21 @@ def _execute(
     clock, started = Clock(), time.perf_counter()
     with clock.phase("load"):
         adapter = OmniAdapter.load(config.model)
-    asked = probe_samples(prepared.calibration, PROBES_PER_MODALITY)
+    if wrong := misnamed(config, adapter.input_groups()):
+        raise ConfigError("\n".join(wrong))
+    asked = probe_samples(prepared.calibration, config.statistics.kl_probes)
     prompts = Prompts(config, adapter, open_store(config.paths, directory.path.name))
-    probe = prompts.encode_batch(asked)
+    probe = prompts.encode(asked)
     towers = [t for t in ("vision", "audio", "decoder") if getattr(config.model.scope, t)]
     with clock.phase("quantize"):
-        before = adapter.logits(probe)
+        before = probe_logits(adapter, probe)
         held_out = HeldOut(adapter, prepared.calibration, config.calibration.batch_size)
         drift = transform(config, adapter, prepared.calibration, probe, before, directory, prompts)
         # Compared with the rewritten network: its own rounding must not pass for quantization.
-        plain = before if drift is None else adapter.logits(probe)
+        plain = before if drift is None else probe_logits(adapter, probe)
         quantizer = walk_blocks(config, adapter, towers, prepared.calibration, prompts)
         cache = quantize_cache(config, adapter)
-        after = adapter.logits(probe)
+        after = probe_logits(adapter, probe)
         moved = agreement(config, plain, after, [sample.modality for sample in asked])
         measured = held_out.measure(adapter)
     blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]

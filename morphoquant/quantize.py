@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,18 @@ def probe_samples(calibration: Calibration, per_modality: int) -> list[Any]:
     return [sample for _, group in sorted(chosen.items()) for sample in group]
 
 
+def probe_logits(adapter: OmniAdapter, probe: Sequence[Batch]) -> torch.Tensor:
+    """float32 [prompts, vocabulary]: logits of the token after each prompt of some batches."""
+    import torch
+
+    return torch.cat([adapter.logits(batch) for batch in probe])
+
+
 def transform(
     config: RunConfig,
     adapter: OmniAdapter,
     calibration: Calibration,
-    probe: Batch,
+    probe: Sequence[Batch],
     before: torch.Tensor,
     directory: RunDirectory,
     prompts: Prompts | None = None,
@@ -83,7 +91,7 @@ def transform(
         directory.write_json("transform.json", asdict(report))
     if settings.r3:
         install_kv_cache(adapter, KVSettings(rotate=True))
-    after = adapter.logits(probe)
+    after = probe_logits(adapter, probe)
     drift = largest_relative_change(before, after)
     if adapter.model.dtype in (torch.float32, torch.float64):
         if not drift <= settings.tolerance:
@@ -172,8 +180,8 @@ def agreement(
     import torch
 
     method, bits = config.method, config.bits
-    weight = method.weight.format != "none" and bits.weight < 16
-    activation = method.activation.format != "none" and bits.activation < 16
+    weight = method.weight.format != "none" and bits.lowest.weight < 16
+    activation = method.activation.format != "none" and bits.lowest.activation < 16
     if not torch.isfinite(after).all():
         raise InvariantError(
             "the quantized model's logits hold NaN or infinite values on calibration prompts"

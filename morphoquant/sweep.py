@@ -192,10 +192,16 @@ def _finish(found: list[notes.Note], config: RunConfig, composed: DictConfig, sw
     )
     for name, part in {config.report: report, **report.parts}.items():
         tracker.table(name, part.frame)
+    figures: list[Path] = []
     if config.report == "ablation":
-        for path in _ablation_figure(report.frame, sweep):
-            tracker.figure(path.stem, path)
-            print(f"Figure: {_shown(path)}")
+        figures = _ablation_figure(report.frame, sweep)
+    elif config.report == "sensitivity":
+        from morphoquant.analysis.suggestion import leave
+
+        figures = leave(report.frame, found, Path(config.paths.runs), config.sensitivity, sweep)
+    for path in figures:
+        tracker.figure(path.stem, path)
+        print(f"Figure: {_shown(path)}")
     tracker.finish()
 
 

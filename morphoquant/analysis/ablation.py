@@ -172,7 +172,7 @@ def ablation(
         *_how(frame, measured, benchmarks, base, confidence, resamples),
         *table.unequal(measured),
         *table.caveats(measured),
-        *_unquantized(references),
+        *unquantized(references),
         *table.failure_notes([dict(note) for note in notes if "error" in note]),
     ]
     shown = compared(frame, confidence)
@@ -225,13 +225,18 @@ def _without_test(
 ) -> str | None:
     """Why a row has no verdict on its difference; None where it gets one."""
     if run is None:
-        reason = job.error.strip().splitlines()
-        return f"failed: {reason[0] if reason else 'no reason given'}"
+        return failed(job.error)
     if job.choice == base:
         return IS_BASE
     if against is None:
         return UNCOMPARED
     return SAME_RUN if difference is None else None
+
+
+def failed(error: str) -> str:
+    """The verdict on a job without a run: the first line of its reason."""
+    reason = error.strip().splitlines()
+    return f"failed: {reason[0] if reason else 'no reason given'}"
 
 
 def _with_correction(
@@ -304,7 +309,7 @@ def _how(
     return notes
 
 
-def _unquantized(references: Sequence[dict[str, Any]]) -> list[str]:
+def unquantized(references: Sequence[dict[str, Any]]) -> list[str]:
     """What the unquantized model reaches, which is no row of an ablation."""
     notes = []
     for run in references:

@@ -15,7 +15,10 @@ import pandas as pd
 from morphoquant.analysis.paired import HIGHER, LOWER
 from morphoquant.tracking.rundir import write_atomic
 
-TEXT = ("method", "scheme", "factor", "choice", "setting", "variant", "verdict", "a", "b", "bits")
+TEXT = (
+    *("method", "scheme", "factor", "choice", "setting", "variant", "verdict", "a", "b", "bits"),
+    *("kind", "unit"),
+)
 """Columns of words, shown left-aligned; all others are numbers."""
 
 UNRESOLVED = "≈"

@@ -59,12 +59,19 @@ def _trials(notes: Notes, root: Path | None) -> Report:
     return trials(notes, root)
 
 
+def _sensitivity(notes: Notes, root: Path | None) -> Report:
+    from morphoquant.analysis.sensitivity import sensitivity
+
+    return sensitivity(notes, root)
+
+
 REPORTS: dict[str, Callable[[Notes, Path | None], Report]] = {
     "comparison": comparison,
     "ablation": _ablation,
     "table1": _table1,
     "table3": _table3,
     "trials": _trials,
+    "sensitivity": _sensitivity,
 }
 """One maker for every value of ``report`` in the config."""
 

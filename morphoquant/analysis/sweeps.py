@@ -24,7 +24,7 @@ class Sweep:
 
     path: Path
     report: str
-    """``comparison``, ``ablation`` or ``table3``."""
+    """``comparison``, ``ablation``, ``table3`` or ``sensitivity``."""
     overrides: tuple[str, ...]
     """What was given on the command line."""
     notes: list[dict[str, Any]]

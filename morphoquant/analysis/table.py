@@ -221,10 +221,12 @@ def resolution(frame: pd.DataFrame, what: str, correction: str = "Holm's") -> li
     ]
 
 
-def unequal(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """One footnote for everything in ``SHARED`` that the rows do not share."""
+def unequal(runs: Sequence[dict[str, Any]], apart: Sequence[str] = ()) -> list[str]:
+    """One footnote for everything in ``SHARED`` (but ``apart``) that the rows do not share."""
     notes, labels = [], row_labels(runs)
     for what, read in SHARED.items():
+        if what in apart:
+            continue
         groups: dict[str, list[str]] = {}
         for run in runs:
             if what == "weight quantizer" and run["slots"]["weight"] == "none":

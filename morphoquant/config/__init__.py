@@ -14,12 +14,15 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from morphoquant.config import units
 from morphoquant.config.messages import ConfigError, explain
+from morphoquant.config.method import TOKEN_KINDS
+from morphoquant.config.partial import check_names
 from morphoquant.config.schema import RunConfig
 
 __all__ = ["ConfigError", "RunConfig", "load", "normalise", "to_yaml"]
 
-COMPOSITION_ONLY = ("limit", "experiment", "ablation", "row", "hydra")
+COMPOSITION_ONLY = (*("limit", "experiment", "ablation", "row", "unit", "unit_kind", "hydra"),)
 """Top-level keys that exist for the command line: other fields have taken their values."""
 
 
@@ -31,19 +34,41 @@ def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
             choices do not go together. All problems are reported at once.
     """
     raw = _plain(cfg)
+    unit = cfg.get("unit")
     try:
-        return normalise(RunConfig.model_validate(raw))
+        config = RunConfig.model_validate(raw)
+        if unit is not None:
+            config = RunConfig.model_validate(units.restricted(config, str(unit)).model_dump())
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, raw)) from None
+    config = normalise(config)
+    check_names(config)
+    return config
 
 
 def normalise(config: RunConfig) -> RunConfig:
-    """The same run in its one spelling: a side that is not quantized has 16 bits."""
-    method, bits = config.method, config.bits
-    weight = 16 if method.weight.format == "none" else bits.weight
-    activation = 16 if method.activation.format == "none" else bits.activation
+    """The same run in its one spelling.
+
+    A side that is not quantized has 16 bits everywhere; where nothing is quantized, it does not
+    matter which linears are not; modalities are named in one order.
+    """
+    method, bits, model = config.method, config.bits, config.model
+    widths: dict[str, Any] = {}
+    overrides = list(bits.overrides)
+    for side in ("weight", "activation"):
+        if getattr(method, side).format == "none":
+            widths[side] = 16
+            overrides = [o.model_copy(update={side: None}) for o in overrides]
+    overrides = [o for o in overrides if o.weight is not None or o.activation is not None]
+    widths["overrides"] = tuple(overrides)
+    if not method.quantizes:
+        scope = model.scope.model_copy(update={"only": ()})
+        model = model.model_copy(update={"scope": scope})
+    named = tuple(kind for kind in TOKEN_KINDS if kind in method.activation.modalities)
+    activation = method.activation.model_copy(update={"modalities": named})
+    method = method.model_copy(update={"activation": activation})
     return config.model_copy(
-        update={"bits": bits.model_copy(update={"weight": weight, "activation": activation})}
+        update={"bits": bits.model_copy(update=widths), "method": method, "model": model}
     )
 
 

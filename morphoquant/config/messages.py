@@ -61,6 +61,8 @@ def explain_hydra(error: BaseException) -> str:
             return str(error).splitlines()[0]
         hint = did_you_mean(choice, options)
         return f"{group}={choice}: no such choice.{hint} Allowed for {group}: {', '.join(options)}."
+    if isinstance(error.__cause__, HarnessError):  # of a resolver of ours
+        return str(error.__cause__)
     text = str(error)
     found = re.match(r"Could not override '([^']+)'", text)
     if found:
@@ -84,7 +86,7 @@ def _unknown(path: str) -> str:
     for depth, part in enumerate(parts):
         known = _fields(parts[:depth], RunConfig)
         if depth == 0:
-            known = [*known, "limit", "experiment"]
+            known = [*known, "limit", "experiment", "unit", "unit_kind"]
         if known and part not in known:
             below = ".".join(parts[:depth])
             where = f"Known in {below}" if below else "Known"

@@ -9,6 +9,8 @@ from pydantic import Field
 from morphoquant.config.base import PositiveInt, Share, Strict
 
 Rule = Literal["local", "global", "top_share"]
+TokenKind = Literal["text", "image", "video", "audio"]
+TOKEN_KINDS: tuple[TokenKind, ...] = ("text", "image", "video", "audio")
 
 
 class TransformConfig(Strict):
@@ -149,7 +151,15 @@ class ActivationConfig(Strict):
     kv_group_size: PositiveInt | None = None
     """Of cached keys and values within a head; null takes the whole head."""
     kv_symmetric: bool = False
+    modalities: tuple[TokenKind, ...] = Field(default=TOKEN_KINDS, strict=False, min_length=1)
+    """Whose tokens are quantized; all others pass in 16 bits and count with 16. Ranges and masks
+    are chosen on all tokens, so that a modality meets the grid that the whole method has."""
     range: RangeConfig = RangeConfig()
+
+    @property
+    def quantizes_some(self) -> bool:
+        """Whether tokens of some modality pass as they are."""
+        return set(self.modalities) != set(TOKEN_KINDS)
 
 
 class MaskConfig(Strict):

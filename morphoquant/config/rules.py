@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from morphoquant.config.messages import ConfigError
 from morphoquant.config.method import FIXED_WIDTH
+from morphoquant.config.partial import partial
 from morphoquant.config.rows import TABLE1
 from morphoquant.config.rules_modality import by_modality
 from morphoquant.config.schema import RunConfig
@@ -29,6 +30,7 @@ def check(cfg: RunConfig) -> None:
         *_data(cfg),
         *_report(cfg),
         *_objective(cfg),
+        *partial(cfg),
     ]
     if broken:
         raise ConfigError("\n".join(broken))

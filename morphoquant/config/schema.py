@@ -10,6 +10,9 @@ else; see :class:`MethodConfig`.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -41,11 +44,13 @@ __all__ = [
     "RangeConfig",
     "RunConfig",
     "ScopeConfig",
+    "SensitivityConfig",
     "StatisticsConfig",
     "Strict",
     "TrackerConfig",
     "TransformConfig",
     "WeightConfig",
+    "WidthOverride",
 ]
 
 # ------------------------------------------------------------------------------- model
@@ -57,6 +62,9 @@ class ScopeConfig(Strict):
     decoder: bool = True
     vision: bool = False
     audio: bool = False
+    only: tuple[str, ...] = Field(default=(), strict=False)
+    """Patterns of linears' names (``*.mlp.down_proj``): those that none of them matches are out of
+    scope and stay as they are. Empty takes every linear of the towers above."""
 
 
 class MediaConfig(Strict):
@@ -97,6 +105,16 @@ class ModelConfig(Strict):
 # ------------------------------------------------------------------------------- widths
 
 
+class WidthOverride(Strict):
+    """Other widths for some linears; null keeps what is said elsewhere."""
+
+    linears: str
+    """Pattern of their names, such as ``model.layers.3.*``."""
+    weight: Bits | None = None
+    activation: Bits | None = None
+    """The same for all linears that read one activation."""
+
+
 class BitsConfig(Strict):
     """Nominal widths. 16 means: left as it is, bit for bit."""
 
@@ -104,11 +122,41 @@ class BitsConfig(Strict):
     activation: Bits = 16
     kv: Bits = 16
     """Of cached keys and values."""
+    overrides: tuple[WidthOverride, ...] = Field(default=(), strict=False)
+    """Mixed precision by linear; of two that match a linear the later one holds. Transforms that
+    search or learn do so at the widths above."""
 
     @property
     def scheme(self) -> str:
+        """``w4a4``; with overrides ``w4a4mix-`` and a hash that tells one mixture from another."""
         cache = f"kv{self.kv}" if self.kv < 16 else ""
-        return f"w{self.weight}a{self.activation}{cache}"
+        mixed = ""
+        if self.overrides:
+            told = "\n".join(o.model_dump_json() for o in self.overrides)
+            mixed = f"mix-{hashlib.sha256(told.encode()).hexdigest()[:4]}"
+        return f"w{self.weight}a{self.activation}{cache}{mixed}"
+
+    def at(self, linear: str) -> BitsConfig:
+        """The widths of one linear, by its full name, without overrides."""
+        weight, activation = self.weight, self.activation
+        for override in self.overrides:
+            if fnmatchcase(linear, override.linears):
+                weight = weight if override.weight is None else override.weight
+                activation = activation if override.activation is None else override.activation
+        return BitsConfig(weight=weight, activation=activation, kv=self.kv)
+
+    def of(self, linears: Iterable[str]) -> BitsConfig:
+        """The widths of linears that read one activation: its own, and the lowest of theirs."""
+        return min((self.at(name) for name in linears), key=lambda bits: bits.weight)
+
+    @property
+    def lowest(self) -> BitsConfig:
+        """The smallest width of each side that any linear may have, without overrides."""
+        weights = [o.weight for o in self.overrides if o.weight is not None]
+        activations = [o.activation for o in self.overrides if o.activation is not None]
+        weight: Bits = min([self.weight, *weights])
+        activation: Bits = min([self.activation, *activations])
+        return BitsConfig(weight=weight, activation=activation, kv=self.kv)
 
 
 # ------------------------------------------------------------------------------- data
@@ -190,7 +238,19 @@ class StatisticsConfig(Strict):
     """Quantiles of |x| and shares of massive tokens, per layer and modality."""
     probes: Annotated[int, Field(ge=0)] = 4
     """Calibration prompts of every modality on which errors are measured; 0 measures none."""
+    kl_probes: PositiveInt = 2
+    """Calibration prompts of every modality on which the next token's distribution is compared with
+    the unquantized model's (KL divergence)."""
     figures: bool = True
+
+
+class SensitivityConfig(Strict):
+    """What the report ``sensitivity`` suggests from its measurements."""
+
+    budget: Annotated[float, Field(ge=2.0, le=16.0)] = 6.0
+    """Upper bound of the average effective bits, of weights and of activations each."""
+    widths: tuple[Bits, ...] = Field(default=(4, 8, 16), strict=False, min_length=1)
+    """Widths to choose from, besides those that were measured."""
 
 
 class RunConfig(Strict):
@@ -201,10 +261,13 @@ class RunConfig(Strict):
     benchmark: BenchmarkConfig
     tracker: TrackerConfig = TrackerConfig()
     statistics: StatisticsConfig = StatisticsConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
     paths: PathsConfig = PathsConfig()
     reference: bool = True
     """Measure the unquantized model in the same harness too (once per sweep)."""
-    report: Literal["comparison", "ablation", "table1", "table3", "trials"] = "comparison"
+    report: Literal["comparison", "ablation", "table1", "table3", "trials", "sensitivity"] = (
+        "comparison"
+    )
     """Which table a sweep ends in."""
     objective: Literal["kl", "held_out_accuracy"] | None = None
     """What a run hands to a sweeper that optimises, never a benchmark's accuracy. ``kl``: of

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import BaseModel
 
 from morphoquant.config.schema import RunConfig
@@ -27,8 +27,16 @@ def defaults(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Make ``schema`` and the launchers known to Hydra. Safe to call twice."""
+    """Make ``schema``, launchers and resolvers known to Hydra. Safe to call twice."""
     from morphoquant.launching import presets
 
     presets.register()
     ConfigStore.instance().store(name="schema", node=defaults(RunConfig), provider="morphoquant")
+    OmegaConf.register_new_resolver("units", _units, replace=True)
+
+
+def _units(*, _root_: DictConfig) -> str:
+    """``${units:}``: the units of the configured model, as a sweep takes them (``a,b,c``)."""
+    from morphoquant.config.units import listed
+
+    return listed(_root_)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from morphoquant.compat import prepare_torchvision
+from morphoquant.config.partial import in_scope
 from morphoquant.config.schema import ModelConfig
 from morphoquant.models import qwen_omni
 from morphoquant.models.loading import ModelError, check
@@ -116,7 +117,23 @@ class OmniAdapter:
         return found
 
     def blocks(self, tower: Tower) -> tuple[Block, ...]:
-        return qwen_omni.blocks(self.model, tower)
+        """All blocks of a tower, each with its linears in scope (a block may have none)."""
+        only = self.config.scope.only
+        found = qwen_omni.blocks(self.model, tower)
+        if not only:
+            return found
+        return tuple(block.narrowed(lambda name: in_scope(name, only)) for block in found)
+
+    def input_groups(self) -> list[list[str]]:
+        """Full names of the linears of every input group of the towers in scope."""
+        towers: tuple[Tower, ...] = ("vision", "audio", "decoder")
+        return [
+            block.names(group)
+            for tower in towers
+            if getattr(self.config.scope, tower)
+            for block in qwen_omni.blocks(self.model, tower)
+            for group in block.groups
+        ]
 
     def residual_stream(self) -> ResidualStream:
         return qwen_omni.residual_stream(self.model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from morphoquant.models import outline
 from morphoquant.models.structure import (
     Block,
     DecoderLayer,
@@ -21,25 +22,15 @@ from morphoquant.models.structure import (
     Tower,
 )
 
-DECODER_GROUPS = (
-    InputGroup("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    InputGroup("attn_out", ("self_attn.o_proj",)),
-    InputGroup("mlp_in", ("mlp.gate_proj", "mlp.up_proj")),
-    InputGroup("mlp_out", ("mlp.down_proj",)),
-)
-VISION_GROUPS = (
-    InputGroup("attn_in", ("attn.q", "attn.k", "attn.v")),
-    InputGroup("attn_out", ("attn.proj",)),
-    InputGroup("mlp_in", ("mlp.gate_proj", "mlp.up_proj")),
-    InputGroup("mlp_out", ("mlp.down_proj",)),
-)
-MERGER_GROUPS = (InputGroup("merger_in", ("mlp.0",)), InputGroup("merger_out", ("mlp.2",)))
-AUDIO_GROUPS = (
-    InputGroup("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    InputGroup("attn_out", ("self_attn.out_proj",)),
-    InputGroup("mlp_in", ("fc1",)),
-    InputGroup("mlp_out", ("fc2",)),
-)
+
+def _input_groups(named: outline.Groups) -> tuple[InputGroup, ...]:
+    return tuple(InputGroup(name, linears) for name, linears in named.items())
+
+
+DECODER_GROUPS = _input_groups(outline.DECODER)
+VISION_GROUPS = _input_groups(outline.VISION)
+MERGER_GROUPS = _input_groups(outline.MERGER)
+AUDIO_GROUPS = _input_groups(outline.AUDIO)
 
 
 def text_model(model: nn.Module) -> Any:

@@ -6,8 +6,8 @@ a module path of a particular architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -78,6 +78,19 @@ class Block:
         """Put ``module`` in the place of the linear called ``name``."""
         parent, _, leaf = name.rpartition(".")
         setattr(self.module.get_submodule(parent) if parent else self.module, leaf, module)
+
+    def names(self, group: InputGroup) -> list[str]:
+        """Full names of the linears of one of its groups."""
+        return [f"{self.name}.{name}" for name in group.linears]
+
+    def narrowed(self, wanted: Callable[[str], bool]) -> Block:
+        """The block with those of its linears whose full names are ``wanted``, maybe none."""
+        groups = []
+        for group in self.groups:
+            kept = tuple(name for name in group.linears if wanted(f"{self.name}.{name}"))
+            if kept:
+                groups.append(replace(group, linears=kept))
+        return replace(self, groups=tuple(groups))
 
 
 @dataclass(frozen=True)

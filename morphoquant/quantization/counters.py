@@ -15,6 +15,7 @@ from morphoquant.quantization.linear import GroupInput, QuantizedLinear
 from morphoquant.quantization.manifest import Manifest
 from morphoquant.ranks import Ranks
 
+COUNTERS = ("tokens", "passed", "elements", "_bypassed", "_quantized")
 CHUNK = 1 << 24  # elements that are summed at a time
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,7 +40,7 @@ def add_up(ranks: Ranks, blocks: Iterable[Block], cache: KVReport | None) -> Non
     for module in _modules(blocks):
         places.append((module, "calls"))
         sources[id(module.source)] = module.source
-    places += [(s, name) for s in sources.values() for name in ("tokens", "elements", "_bypassed")]
+    places += [(s, name) for s in sources.values() for name in COUNTERS]
     if cache is not None:
         places += [(q, name) for q in cache.quantizers.values() for name in ("tokens", "elements")]
     own = [int(getattr(owner, name)) for owner, name in places]

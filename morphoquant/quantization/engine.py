@@ -47,11 +47,11 @@ from morphoquant.quantization.mdqfo import Search
 from morphoquant.quantization.measure import ErrorMeter
 from morphoquant.quantization.mixed import ExcludingQuantizer
 from morphoquant.quantization.modality import ModalityScale
+from morphoquant.quantization.needs import Needs
 from morphoquant.quantization.observation import Observation, Recall
 from morphoquant.quantization.rounding import (
     GroupData,
     method_of,
-    needs_moments_by_kind,
     round_weight,
     rounds_late,
 )
@@ -67,7 +67,7 @@ Work = Callable[[Visit, list[Segment], bool], None]
 
 
 @dataclass
-class BlockQuantizer:
+class BlockQuantizer(Needs):
     """A :class:`morphoquant.calibration.walk.Visitor` that quantizes.
 
     Attributes:
@@ -82,74 +82,15 @@ class BlockQuantizer:
         recall: gives a block's statistics, taken before, in place of an observation.
     """
 
-    method: MethodConfig
-    bits: BitsConfig
-    observe: bool = True
     collected: dict[tuple[str, str], ModalityStatistics] = field(default_factory=dict)
     records: list[LinearRecord] = field(default_factory=list)
     choices: dict[tuple[str, str], GroupChoice] = field(default_factory=dict)
     masks: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     largest: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     moments: Mapping[str, ScoreMoments] | None = None
-    histograms: bool = False
     meter: ErrorMeter = field(default_factory=ErrorMeter)
     labels: TokenLabels = field(default_factory=TokenLabels)
     recall: Recall | None = None
-
-    @property
-    def quantizes_activations(self) -> bool:
-        return self.method.activation.format != "none" and self.bits.activation < 16
-
-    @property
-    def is_static(self) -> bool:
-        return self.quantizes_activations and self.method.activation.mode == "static"
-
-    @property
-    def searches(self) -> bool:
-        """Whether the method looks at activations a second time, for the range search."""
-        chosen = self.method.activation.range
-        return self.is_static and chosen.name in ("mdqfo", "mse") and chosen.search
-
-    @property
-    def learns(self) -> bool:
-        return self.searches and self.method.activation.range.optimizer == "gradient"
-
-    @property
-    def masks_channels(self) -> bool:
-        """Whether some channels are treated apart from the others."""
-        kinds = ("dabc", "static_bias", "mixed_precision")
-        return self.quantizes_activations and self.method.compensation.name in kinds
-
-    @property
-    def scales_tensors(self) -> bool:
-        """Whether the activation's format has a scale for the whole tensor."""
-        return self.quantizes_activations and self.method.activation.format == "nvfp4"
-
-    @property
-    def folds(self) -> bool:
-        return self.is_static and self.method.weight.fold and self.bits.weight < 16
-
-    @property
-    def biases(self) -> bool:
-        return self.is_static and self.method.compensation.name == "static_bias"
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether the quantized model must know the modality of the tokens it is given."""
-        by_scale = self.method.transform.name == "modality_smooth"
-        by_range = self.is_static and self.method.activation.granularity == "per_modality"
-        by_branch = self.biases or needs_moments_by_kind(self.method, self.bits)
-        return by_scale or by_range or (by_branch and self.method.compensation.per_modality)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether masks, ranges or scales are chosen from statistics."""
-        return self.is_static or self.masks_channels or self.scales_tensors
-
-    @property
-    def keeps_histograms(self) -> bool:
-        percentile = self.method.activation.range.name == "percentile"
-        return self.histograms or (self.is_static and percentile)
 
     @property
     def manifest(self) -> Manifest:
@@ -167,10 +108,11 @@ class BlockQuantizer:
         originals = {n: block.linear(n) for group in block.groups for n in group.linears}
         sources: dict[str, GroupInput] = {}
         if installs:
-            sources, records = install(block, self.labels if self.needs_labels else None)
+            labels = self.labels if self.needs_labels else None
+            sources, records = install(block, labels, self.only)
             self.records += records
         at = Visit(index, block, sources)
-        late = rounds_late(self.method, self.bits)
+        late = rounds_late(self.method, self.bits.lowest)
         if installs and not late:
             self._round(at, originals, segments[STATISTICS])
         for work, name, move in self._passes(segments):
@@ -181,7 +123,7 @@ class BlockQuantizer:
             work(at, segments[name], move)
         if self.quantizes_activations:
             for group in block.groups:
-                self._enable(at.sources[group.name], group, block)
+                self._enable(at, group)
         if segments.get(PROBE) and installs:
             self.meter.visit(
                 index,
@@ -209,7 +151,7 @@ class BlockQuantizer:
         behind: list[tuple[Work, str]] = []
         if self.biases:
             behind.append((self._average_residual, STATISTICS))
-        if rounds_late(self.method, self.bits):
+        if rounds_late(self.method, self.bits.lowest):
             # What went through before went through weights that were not rounded yet.
             again = {STATISTICS, searched} - {name for _, name in behind}
             behind += [(self._pass_on, name) for name in sorted(again)]
@@ -242,11 +184,11 @@ class BlockQuantizer:
         if watched or move:
             self._run(at, segments, move, seen if watched else None)
         found = seen.found if self.recall is None else self.recall(at.block)
-        if self.chooses:
+        if self.chooses and at.block.groups:
             if not found:
                 raise unreached(at.block, "whose static ranges or masks are to be set")
             for group in at.block.groups:
-                key, names = (at.block.name, group.name), self._names(at.block, group)
+                key, names = (at.block.name, group.name), at.block.names(group)
                 statistics = found[group.name]
                 if self.scales_tensors:
                     self.largest[key] = statistics.pooled().absmax.max()
@@ -265,7 +207,8 @@ class BlockQuantizer:
     def _learn(self, at: Visit, segments: list[Segment], move: bool) -> None:
         """Gradient steps; what they propose is compared with ratio 1 in the search pass."""
         choices = {g.name: self.choices[at.block.name, g.name] for g in at.block.groups}
-        learners = {n: make_learner(c, self.method, self.bits) for n, c in choices.items()}
+        widths = {g.name: self._bits(at, g) for g in at.block.groups}
+        learners = {n: make_learner(c, self.method, widths[n]) for n, c in choices.items()}
         self._run(at, segments, move, updating(learners))
         for name, learner in learners.items():
             choices[name].ratios = learner.best_ratios()
@@ -283,8 +226,9 @@ class BlockQuantizer:
             for group in at.block.groups:
                 dynamic = self.method.compensation.name == "dabc"
                 mask = self.choices[at.block.name, group.name].mask if dynamic else None
+                width = self._bits(at, group).activation
                 at.sources[group.name].quantizer = SearchingQuantizer(
-                    searches[group.name], self.bits.activation, mask, self.method.compensation
+                    searches[group.name], width, mask, self.method.compensation
                 )
         self._run(at, segments, move, updating(searches))
         for name, search in searches.items():
@@ -297,7 +241,7 @@ class BlockQuantizer:
     ) -> Search:
         weights = [plain(at.block.linear(name)).weight for name in group.linears]
         choice = self.choices[at.block.name, group.name]
-        return make_search(choice, self.method, self.bits, weights, candidates)
+        return make_search(choice, self.method, self._bits(at, group), weights, candidates)
 
     def _average_residual(self, at: Visit, segments: list[Segment], move: bool) -> None:
         """The mean residual of masked channels, by modality, at the final ranges."""
@@ -306,7 +250,8 @@ class BlockQuantizer:
             choice = self.choices[at.block.name, group.name]
             assert choice.mask is not None
             means[group.name] = ResidualMeans(choice.mask)
-            quantizers[group.name] = StaticQuantizer(choice.final, self.bits.activation)
+            width = self._bits(at, group).activation
+            quantizers[group.name] = StaticQuantizer(choice.final, width)
 
         def see(group: InputGroup, x: torch.Tensor, labels: torch.Tensor) -> None:
             means[group.name].update(x, quantizers[group.name](x), labels)
@@ -317,10 +262,8 @@ class BlockQuantizer:
 
     # ------------------------------------------------------------------- changes
 
-    @staticmethod
-    def _names(block: Block, group: InputGroup) -> list[str]:
-        """Full names of the linears of a group."""
-        return [f"{block.name}.{name}" for name in group.linears]
+    def _bits(self, at: Visit, group: InputGroup) -> BitsConfig:
+        return self.bits.of(at.block.names(group))
 
     def _round(self, at: Visit, originals: Mapping[str, nn.Module], prompts: list[Segment]) -> None:
         """Round the block's weights, group after group in the order in which they run."""
@@ -329,11 +272,12 @@ class BlockQuantizer:
             choice = self.choices.get((at.block.name, group.name))
             method = method_of(self.method, at.block.tower, group.name)
             gathered = self._gather(at, group, prompts, method)
+            width = self._bits(at, group).activation
             online = at.sources[group.name].online
             scale = online if isinstance(online, ModalityScale) else None
             data = GroupData(
                 mask=self.masks.get((at.block.name, group.name)),
-                grid=choice.final.grid(self.bits.activation) if choice and self.folds else None,
+                grid=choice.final.grid(width) if choice and self.folds else None,
                 second_moment=gathered.second_moment,
                 tokens=gathered.tokens,
                 moments_by_kind=gathered.moments_by_kind,
@@ -343,7 +287,8 @@ class BlockQuantizer:
                 module = at.block.linear(name)
                 assert isinstance(module, QuantizedLinear)
                 original = plain(originals[name]).weight
-                rounded = round_weight(original, method, self.bits, data, name)
+                bits = self.bits.at(f"{at.block.name}.{name}")
+                rounded = round_weight(original, method, bits, data, name)
                 module.weight.data = rounded.weight
                 if rounded.branch is not None:
                     module.set_branch(rounded.branch)
@@ -359,7 +304,7 @@ class BlockQuantizer:
         self, at: Visit, group: InputGroup, prompts: list[Segment], method: MethodConfig
     ) -> Gathered:
         """What rounding wants to know of a group's input, behind groups rounded already."""
-        gathered = Gathered(method, self.bits, len(prompts))
+        gathered = Gathered(method, self._bits(at, group), len(prompts))
         if not gathered.wanted:
             return gathered
 
@@ -373,9 +318,13 @@ class BlockQuantizer:
         gathered.check()
         return gathered
 
-    def _enable(self, source: GroupInput, group: InputGroup, block: Block) -> None:
+    def _enable(self, at: Visit, group: InputGroup) -> None:
         """Put the activation quantizer (and the compensation) in place, and say so."""
-        config, width = self.method.activation, self.bits.activation
+        source, block = at.sources[group.name], at.block
+        config, width = self.method.activation, self._bits(at, group).activation
+        if width >= 16:
+            source.compensation = None
+            return
         choice = self.choices.get((block.name, group.name))
         mask = self.masks.get((block.name, group.name))
         if choice is None:
@@ -387,7 +336,7 @@ class BlockQuantizer:
         if mask is not None and not self.biases:
             edge = None if choice is None else choice.final.edge
             source.compensation = build_compensation(self.method.compensation, mask, edge)
-        members = set(self._names(block, group))
+        members = set(block.names(group))
         for record in self.records:
             if record.name in members:
                 record.activation = describe_activation(config, width, record.in_features, choice)

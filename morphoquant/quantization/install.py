@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from morphoquant.config.method import TokenKind
 from morphoquant.config.schema import ActivationConfig
-from morphoquant.models.structure import Block, TokenLabels
+from morphoquant.models.structure import Block, Modality, TokenLabels
 from morphoquant.quantization.activation import STORAGE_BITS
 from morphoquant.quantization.choose import GroupChoice
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
@@ -27,13 +29,14 @@ class Visit:
 
 
 def install(
-    block: Block, labels: TokenLabels | None
+    block: Block, labels: TokenLabels | None, only: Iterable[TokenKind] | None = None
 ) -> tuple[dict[str, GroupInput], list[LinearRecord]]:
     """Replace the block's linears by :class:`QuantizedLinear`, nothing rounded yet.
 
     Args:
         block: changed in place. A linear behind an online rewrite hands it to the shared input.
         labels: the modality of the tokens under way, where quantizers need to know it.
+        only: the modalities whose tokens are quantized, or None for all tokens.
 
     Returns:
         the shared input of every group, and one record per linear.
@@ -44,6 +47,8 @@ def install(
         online = getattr(block.linear(group.linears[0]), "transform", None)
         source = sources[group.name] = GroupInput(len(group.linears), online)
         source.labels = labels
+        if only is not None:
+            source.only = frozenset(int(Modality[kind.upper()]) for kind in only)
         for name in group.linears:
             original = block.linear(name)
             if labels is not None and isinstance(original, RescaledInputLinear):
@@ -91,6 +96,8 @@ def describe_activation(
     }
     if config.grid != "restricted":
         described["grid"] = config.grid
+    if config.quantizes_some:
+        described["modalities"] = list(config.modalities)
     if choice is not None and choice.ratios is not None:
         ratios = choice.ratios.double()
         floor = config.range.min_ratio * (1 + 1e-6)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from morphoquant.errors import HarnessError
 from morphoquant.models.structure import TokenLabels
 from morphoquant.quantization.low_rank import LowRank
 from morphoquant.quantization.modality import ModalityBranches, ModalityScale
@@ -33,10 +34,13 @@ class GroupInput(nn.Module):
         quantizer: fake quantizer of the activation, or None to leave it bit for bit.
         compensation: ``(x, x_hat, labels) -> (x_tilde, bypassed)`` or None.
         labels: the modality of the tokens that go through, where that is known.
+        only: the modalities whose tokens are quantized (all others pass as they are, and count as
+            bypassed), or None for all tokens.
         keeps_input, input: whether the activation is kept as it was before its quantizer, for
             branches in high precision that read it; the one of the last call, behind ``online``.
         tokens, elements, bypassed: what went through the quantizer since the last reset;
             ``bypassed`` counts elements that stayed in high precision.
+        passed: tokens since the last reset that no quantizer touched.
     """
 
     def __init__(self, readers: int, online: nn.Module | None = None) -> None:
@@ -46,6 +50,7 @@ class GroupInput(nn.Module):
         self.quantizer: nn.Module | None = None
         self.compensation: nn.Module | None = None
         self.labels: TokenLabels | None = None
+        self.only: frozenset[int] | None = None
         self.enabled = True
         self.observer: Show | None = None
         self._source: torch.Tensor | None = None
@@ -57,13 +62,19 @@ class GroupInput(nn.Module):
 
     def reset(self) -> None:
         """Set the counters to zero (before evaluation)."""
-        self.tokens = 0
+        self.tokens = self.passed = 0
         self.elements = 0
         self._bypassed: torch.Tensor | int = 0
+        self._quantized: torch.Tensor | int = 0  # tokens, counted where some are spared
 
     @property
     def bypassed(self) -> int:
         return int(self._bypassed)
+
+    @property
+    def spared_all(self) -> bool:
+        """Whether no token was quantized, because none was of the modalities in ``only``."""
+        return self.only is not None and int(self._quantized) == 0
 
     @property
     def quantizes(self) -> bool:
@@ -89,13 +100,17 @@ class GroupInput(nn.Module):
         if self.observer is not None:
             self.observer(x)
         if not self.quantizes:
+            self.passed += x.numel() // x.shape[-1]
             return x
         assert self.quantizer is not None
         rounded = self.round(x)
         self.tokens += x.numel() // x.shape[-1]
         self.elements += x.numel()
-        if self.compensation is None:
+        if self.compensation is None and self.only is None:
             return rounded
+        chosen = self.chosen(x)
+        if chosen is not None:
+            self._quantized = self._quantized + chosen.sum()
         result, bypassed = self.compensate(x, rounded)
         self._bypassed = self._bypassed + bypassed
         return result
@@ -115,12 +130,30 @@ class GroupInput(nn.Module):
         """The modality of the rows of ``x`` [..., channels], where that is known."""
         return None if self.labels is None else self.labels.matching(x)
 
+    def chosen(self, x: torch.Tensor) -> torch.Tensor | None:
+        """bool [...], the tokens that are quantized; None where all are.
+
+        Raises:
+            HarnessError: it depends on the tokens' modality, and that is not known.
+        """
+        if self.only is None:
+            return None
+        labels = self.labels_of(x)
+        if labels is None:
+            raise HarnessError(
+                f"tokens of some modalities only are to be quantized, and the modality of an "
+                f"activation {tuple(x.shape)} is not known"
+            )
+        wanted = torch.tensor(sorted(self.only), device=labels.device, dtype=labels.dtype)
+        return torch.isin(labels, wanted).to(x.device)
+
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """x_hat [..., channels] on the quantizer's grid; counts nothing."""
         if self.quantizer is None:
             return x
         found: torch.Tensor = self.quantizer(x, self.labels_of(x))
-        return found
+        chosen = self.chosen(x)
+        return found if chosen is None else torch.where(chosen[..., None], found, x)
 
     def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest level at every element of ``x``; infinite without a quantizer."""
@@ -129,18 +162,40 @@ class GroupInput(nn.Module):
             return -edge, edge
         bounds: Any = self.quantizer.bounds
         found: tuple[torch.Tensor, torch.Tensor] = bounds(x, self.labels_of(x))
-        return found
+        chosen = self.chosen(x)
+        if chosen is None:
+            return found
+        gate = chosen[..., None]
+        return torch.where(gate, found[0], -torch.inf), torch.where(gate, found[1], torch.inf)
 
     def compensate(
         self, x: torch.Tensor, rounded: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | int]:
         """(x, x_hat) [..., channels] -> x_tilde and how many elements bypassed; counts nothing."""
+        chosen = self.chosen(x)
+        if chosen is not None:
+            return self._compensate_some(x, rounded, chosen)
         if self.compensation is None:
             return rounded, 0
         found: tuple[torch.Tensor, torch.Tensor | int] = self.compensation(
             x, rounded, self.labels_of(x)
         )
         return found
+
+    def _compensate_some(
+        self, x: torch.Tensor, rounded: torch.Tensor, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``compensate`` for ``chosen`` tokens; all elements of the others bypass."""
+        bypassed = (~chosen).sum() * x.shape[-1]
+        if self.compensation is None:
+            return rounded, bypassed
+        labels = self.labels_of(x)
+        part, some = self.compensation(
+            x[chosen], rounded[chosen], None if labels is None else labels.to(x.device)[chosen]
+        )
+        result = x.clone()
+        result[chosen] = part
+        return result, bypassed + some
 
 
 class QuantizedLinear(nn.Module):

@@ -153,25 +153,31 @@ def complete(
     """
     records = {r.name: r for r in manifest.linears}
     wrong: list[str] = []
-    wants_weight = method.weight.format != "none" and bits.weight < 16
-    wants_activation = method.activation.format != "none" and bits.activation < 16
-    wants_compensation = wants_activation and method.compensation.name not in ("none", "low_rank")
-    wants_branch = wants_weight and method.compensation.name == "low_rank"
+    compensation = method.compensation.name
     for block in blocks:
         for group in block.groups:
             for name in group.linears:
                 full = f"{block.name}.{name}"
+                width = bits.at(full)
+                wants_weight = method.weight.format != "none" and width.weight < 16
+                wants_activation = method.activation.format != "none" and width.activation < 16
+                wants_compensation = wants_activation and compensation not in ("none", "low_rank")
+                wants_branch = wants_weight and compensation == "low_rank"
                 module = block.linear(name)
                 if not isinstance(module, QuantizedLinear):
                     if wants_weight or wants_activation:
                         wrong.append(f"{full}: still a {type(module).__name__}")
                     continue
                 record = records[full]
-                record.calls, record.tokens = module.calls, module.source.tokens
+                record.calls = module.calls
+                record.tokens = module.source.tokens or module.source.passed
                 if module.calls == 0:
                     wrong.append(f"{full}: never ran")
                 elif wants_activation and module.source.tokens == 0:
                     wrong.append(f"{full}: its activation quantizer never ran")
+                elif wants_activation and module.source.only and module.source.spared_all:
+                    kinds = ", ".join(method.activation.modalities)
+                    wrong.append(f"{full}: no token of {kinds} reached its activation quantizer")
                 if wants_compensation and module.source.compensation is None:
                     wrong.append(f"{full}: no {method.compensation.name} compensation")
                 wanted = wants_branch and has_branch(method.compensation, block.tower, group.name)

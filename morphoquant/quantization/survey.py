@@ -36,13 +36,14 @@ class Surveyor:
 
     def visit(self, index: int, block: Block, segments: dict[str, list[Segment]]) -> None:
         """Score the block's groups behind rounded weights and pass the prompts on."""
-        width = 16 if rounds_late(self.method, self.bits) else self.bits.weight
+        late = rounds_late(self.method, self.bits.lowest)
         originals = {n: block.linear(n) for group in block.groups for n in group.linears}
         for group in block.groups:
             online = getattr(block.linear(group.linears[0]), "transform", None)
             source = GroupInput(len(group.linears), online)
             for name in group.linears:
                 linear = plain(originals[name])
+                width = 16 if late else self.bits.at(f"{block.name}.{name}").weight
                 weight = quantize_weight(linear.weight, self.method.weight, width)
                 block.replace(name, QuantizedLinear(weight.dequantized, linear.bias, source))
         see = Observation(histograms=False)
@@ -99,7 +100,8 @@ def sees_the_walk(method: MethodConfig, bits: BitsConfig, towers: Sequence[Tower
     They do where weights are rounded as the survey rounds them, and where no tower in front of the
     decoder is quantized meanwhile. (The survey knows no scales per modality.)
     """
-    plain_weights = not gathers(method, bits) and not rounds_late(method, bits)
+    low = bits.lowest
+    plain_weights = not gathers(method, low) and not rounds_late(method, low)
     return len(towers) == 1 and plain_weights and method.transform.name != "modality_smooth"
 
 

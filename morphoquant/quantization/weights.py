@@ -125,10 +125,37 @@ FORMATS: dict[str, Callable[[torch.Tensor, WeightConfig, int], QuantizedWeight]]
 
 def quantize_weight(weight: torch.Tensor, config: WeightConfig, bits: int) -> QuantizedWeight:
     """Round-trip a weight [out, in] through the configured grid; 16 bits is the identity."""
-    name = config.format
-    width = FIXED_WIDTH.get(name)
+    return FORMATS[format_at(config, bits)](weight, config, bits)
+
+
+def format_at(config: WeightConfig, bits: int) -> str:
+    """The format of weights at a width: ``none`` at 16 bits, the fallback where there is one."""
     if bits >= 16:
-        name = "none"
-    elif width is not None and bits != width and config.fallback_format is not None:
-        name = config.fallback_format
-    return FORMATS[name](weight, config, bits)
+        return "none"
+    width = FIXED_WIDTH.get(config.format)
+    if width is not None and bits != width and config.fallback_format is not None:
+        return config.fallback_format
+    return config.format
+
+
+def storage_bits(shape: tuple[int, int], config: WeightConfig, bits: int) -> float:
+    """Bits per weight, scales included, that :func:`quantize_weight` spends on [out, in]."""
+    name = format_at(config, bits)
+    if name == "none":
+        return 16.0
+    if name == "int":
+        described = (config.granularity, config.group_size, config.symmetric)
+        return formats.int_storage_bits(shape, bits, *described)
+    if name == "nf4":
+        return formats.nf4_storage_bits(shape[0] * shape[1], config.double_quantization)
+    if name == "fp4":
+        return formats.fp4_storage_bits(shape, config.double_quantization)
+    return BLOCK_STORAGE[name](shape)
+
+
+BLOCK_STORAGE: dict[str, Callable[[tuple[int, ...]], float]] = {
+    "mxfp4": formats.mxfp4_storage_bits,
+    "nvfp4": formats.nvfp4_storage_bits,
+    "hif4": formats.hif4_storage_bits,
+    "hif8": formats.hif8_storage_bits,
+}

@@ -171,7 +171,7 @@ class SharedStatistics:
 
         config, adapter = self.prompts.config, self.prompts.adapter
         method, bits, model = config.method, config.bits, config.model
-        rounds = method.weight.format != "none" and bits.weight < 16
+        rounds = method.weight.format != "none" and bits.lowest.weight < 16
         transform = method.transform if method.transform.name != "none" else None
         branch = method.compensation if method.compensation.name == "low_rank" else None
         identity: dict[str, Any] = {
@@ -184,14 +184,15 @@ class SharedStatistics:
             "towers": list(self.towers),
             "transform": transform and transform.model_dump(mode="json"),
             "weight": method.weight.model_dump(mode="json") if rounds else None,
-            "bits": bits.weight if rounds else None,
+            "bits": bits.model_dump(mode="json", exclude={"activation", "kv"}) if rounds else None,
+            "scope": list(model.scope.only),
             "branch": branch and branch.model_dump(mode="json"),
             "histograms": self.quantizer.keeps_histograms,
             "code": code_hash(),
             "versions": package_versions(),
         }
         learns = transform is not None and transform.name != "rotate"
-        if learns or len(self.towers) > 1 or rounds_late(method, bits):
+        if learns or len(self.towers) > 1 or rounds_late(method, bits.lowest):
             # The transform looks at the other slots; a tower in front of the decoder is finished
             # when the decoder is observed; weights rounded late depend on masks and ranges.
             identity["method"] = method.model_dump(mode="json", exclude={"name", "reference"})
@@ -205,7 +206,7 @@ class SharedStatistics:
 
         quantizer = self.quantizer
         searched = quantizer.searches and not self.calibration.search
-        rereads = gathers(quantizer.method, quantizer.bits) or quantizer.biases
+        rereads = gathers(quantizer.method, quantizer.bits.lowest) or quantizer.biases
         takes = quantizer.chooses or quantizer.observe
         if searched or rereads or (takes and quantizer.recall is None):
             return self._all()

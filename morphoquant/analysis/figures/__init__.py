@@ -17,6 +17,7 @@ from morphoquant.analysis.figures.losses import (
     ratio_histogram,
     sqnr_by_group,
 )
+from morphoquant.analysis.figures.sensitivity import cell_heatmap, sensitivity_plot
 from morphoquant.analysis.figures.standard import save_figures
 from morphoquant.analysis.figures.style import COLOURS, TableError
 
@@ -24,6 +25,7 @@ __all__ = [
     "COLOURS",
     "TableError",
     "ablation_plot",
+    "cell_heatmap",
     "channel_distribution",
     "clip_and_rounding",
     "error_over_depth",
@@ -31,5 +33,6 @@ __all__ = [
     "overlap_matrix",
     "ratio_histogram",
     "save_figures",
+    "sensitivity_plot",
     "sqnr_by_group",
 ]
