@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     # Here, so that --help answers at once.
-    from morphoquant.analysis.report import gather, render
+    from morphoquant.analysis.page import gather, render
     from morphoquant.errors import HarnessError
     from morphoquant.tracking.rundir import write_atomic
 

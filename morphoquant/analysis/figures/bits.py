@@ -9,24 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 
-from morphoquant.analysis.figures.style import (
-    GREY,
-    TEXT,
-    TableError,
-    figure,
-    plain,
-    require,
-)
+from morphoquant.analysis.figures.style import GREY, SMALL, TEXT, TableError, figure, plain, require
 
 WIDTHS = {"A bits": "effective activation bits", "W bits": "effective weight bits"}
 NUMBERS = ["difference", "low", "high"]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, without yellow, which white swallows."""
 SHAPES = "osD^vPX"
-APART = 7.0
-"""Points by which rows with the same bits are drawn beside each other."""
+APART = 0.02
+"""Of the axis: by how much rows with the same bits are drawn beside each other."""
 SAME = 0.02
 """Bits. Nearer ones are drawn beside each other."""
 
@@ -34,8 +26,8 @@ SAME = 0.02
 def accuracy_over_bits(table: pd.DataFrame, base: float | None = None) -> Figure:
     """Difference to the unquantized model against effective bits, with intervals; zero is marked.
 
-    A hollow point's interval covers zero. Rows with the same bits are drawn side by side, a few
-    pixels from their true place.
+    A hollow point's interval covers zero. Rows with the same bits are drawn side by side, a
+    fiftieth of the axis apart.
 
     Args:
         table: ``label``, ``A bits``, ``W bits`` (effective, scales and compensation included),
@@ -61,13 +53,12 @@ def accuracy_over_bits(table: pd.DataFrame, base: float | None = None) -> Figure
     made = figure("Mean accuracy over effective bits, beside the unquantized model", 9.0, 3.6)
     panels = made.subplots(1, len(WIDTHS), sharey=True)
     for panel, (column, unit) in zip(panels, WIDTHS.items(), strict=True):
-        first = panel is panels[0]
-        plain(panel, x=unit, y="difference (points)" if first else "")
+        plain(panel, x=unit, y="difference (points)" if panel is panels[0] else "")
         panel.axhline(0.0, color="black", linewidth=1.0)
-        _points(panel, rows, column, styles)
         low, high = rows[column].min(), rows[column].max()
         room = max(0.15 * (high - low), 0.25)
         panel.set_xlim(low - room, high + room)
+        _points(panel, rows, column, styles, APART * (high - low + 2 * room))
     told = "unquantized" if base is None else f"unquantized: {base:.1f} %"
     panels[0].annotate(
         told,
@@ -83,7 +74,7 @@ def accuracy_over_bits(table: pd.DataFrame, base: float | None = None) -> Figure
             "right", functions=(lambda d: d + base, lambda accuracy: accuracy - base)
         )
         second.set_ylabel("mean accuracy (%)", fontsize=TEXT)
-        second.tick_params(labelsize=TEXT)
+        second.tick_params(labelsize=SMALL)
         second.spines["right"].set_color(GREY)
     handles, labels = panels[0].get_legend_handles_labels()
     made.legend(
@@ -98,19 +89,16 @@ def accuracy_over_bits(table: pd.DataFrame, base: float | None = None) -> Figure
 
 
 def _points(
-    panel: Any, rows: pd.DataFrame, column: str, styles: Mapping[str, dict[str, Any]]
+    panel: Any, rows: pd.DataFrame, column: str, styles: Mapping[str, dict[str, Any]], apart: float
 ) -> None:
     for row, shift in zip(rows.to_dict("records"), _beside(rows[column].tolist()), strict=True):
         style = styles[row["label"]]
-        moved = ScaledTranslation(shift * APART / 72, 0, panel.figure.dpi_scale_trans)
         covers = not (row["low"] > 0 or row["high"] < 0)
+        down, up = row["difference"] - row["low"], row["high"] - row["difference"]
         panel.errorbar(
-            row[column],
+            row[column] + shift * apart,
             row["difference"],
-            yerr=[
-                [np.nan_to_num(row["difference"] - row["low"])],
-                [np.nan_to_num(row["high"] - row["difference"])],
-            ],
+            yerr=np.nan_to_num([[down], [up]]),
             fmt=style["marker"],
             color=style["color"],
             markerfacecolor="white" if covers else style["color"],
@@ -118,7 +106,6 @@ def _points(
             capsize=3,
             linewidth=1.4,
             label=row["label"],
-            transform=panel.transData + moved,
         )
 
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import pandas as pd
 
+from morphoquant.analysis import paired
 from morphoquant.analysis.notebook import MACHINE
-from morphoquant.analysis.paired import read_samples
 from morphoquant.analysis.sweeps import ABOUT, JOBS, Sweep, read_notes, read_sweep
 from morphoquant.errors import HarnessError
 from morphoquant.tracking.rundir import IDENTITY, RESULT, read_result
 
 SWEEPS = "sweeps"  # folder of a runs folder that holds the sweeps
 MANIFEST = "manifest.json"
+COLUMNS = [*paired.COLUMNS, "answer", "parsed", "unparsed"]
+"""Of ``samples.parquet``."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ def gather(folders: Sequence[Path]) -> Gathered:
     if not runs:
         listed = "".join(f"\n  {u.name}: {u.reason}" for u in unfinished)
         raise HarnessError(
-            f"no finished run in {', '.join(map(str, folders))}; a report needs one. An interrupted "
-            f"run goes on when its command is given again.{listed}"
+            f"no finished run in {', '.join(map(str, folders))}; a report needs one. An "
+            f"interrupted run goes on when its command is given again.{listed}"
         )
     runs.sort(key=lambda run: (run.quantizes, run.path.name))
     return Gathered(runs, unfinished, _failures(sweeps.values()), list(sweeps.values()))
@@ -183,8 +185,9 @@ def _read(path: Path, told: str) -> Run | Unfinished:
         identity = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         result = {**result, "path": str(path)}
-        return Run(path, result, identity, manifest, read_samples(result), told)
-    except (OSError, ValueError, HarnessError) as error:
+        samples = pd.read_parquet(path / paired.SAMPLES, columns=COLUMNS)
+        return Run(path, result, identity, manifest, samples, told)
+    except (OSError, ValueError) as error:
         lacking = str(error).replace(f"{path}/", "")  # no absolute path in the report
         return replace(_unfinished(path), reason=f"finished, but unreadable: {lacking}")
 

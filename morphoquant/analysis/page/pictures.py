@@ -1,4 +1,4 @@
-"""Figures of a report: drawn from the runs' tables, inlined as SVG, with words for who sees none."""
+"""Figures of a report: drawn from the runs' tables, inlined as SVG, each with words for it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from morphoquant.analysis.figures import (
     draw_standard,
     error_over_depth,
 )
-from morphoquant.analysis.report.compare import MEAN, Group
-from morphoquant.analysis.report.gather import Run
+from morphoquant.analysis.page.compare import MEAN, Group
+from morphoquant.analysis.page.gather import Run
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ CAPTIONS = {
     "channels of an input group stand out, by modality.",
     "outliers_kurtosis_p99": "Excess kurtosis of the channels (99th percentile): how heavy the "
     "tails are; a Gaussian has 0.",
-    "outliers_massive_share": "Share of the activations' energy in the 0.1 % most energetic tokens.",
+    "outliers_massive_share": "Share of the activations' energy in the 0.1 % most energetic "
+    "tokens.",
     "overlap_jaccard": "Do modalities share their outlier channels? 1: the same set; above each "
     "matrix what independent sets would give.",
     "overlap_scale": "Ranges of two modalities in the same channels, in bits apart.",
@@ -45,7 +46,8 @@ CAPTIONS = {
     "output_sqnr": "Output SQNR of the linears, by layer, input group and modality.",
     "sqnr": "SQNR by layer: of the activations, and of the outputs with the errors of activations "
     "and weights apart. 6 dB are one bit.",
-    "clipping": "What the activations' error is made of: clipping, rounding; and what bypassed both.",
+    "clipping": "What the activations' error is made of: clipping, rounding; and what "
+    "bypassed both.",
     "depth": "Error of block outputs, as it grows from block to block.",
 }
 DISTRIBUTION = (
@@ -142,7 +144,7 @@ def depth_picture(tables: Mapping[str, pd.DataFrame]) -> Picture | None:
 
 
 def atlas(run: Run, tables: Mapping[str, pd.DataFrame]) -> list[Picture]:
-    """The standard figures of one run, but for the error over depth, which stands with the others'."""
+    """The standard figures of one run; its error over depth stands beside the others'."""
     told = {name: table for name, table in tables.items() if name != "depth"}
     return [
         picture(name, drawn, CAPTIONS.get(name, DISTRIBUTION), f"Run {run.path.name}.")

@@ -12,11 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from morphoquant import __version__
-from morphoquant.analysis.report import compare, provenance, summaries
-from morphoquant.analysis.report.gather import Gathered, Run
-from morphoquant.analysis.report.pictures import Picture, atlas, bits_picture, depth_picture
-from morphoquant.analysis.report.questions import Disagreements, disagreements
-from morphoquant.analysis.report.sweeps import SweepTable, sweep_tables
+from morphoquant.analysis import paired
+from morphoquant.analysis.cells import p_value, questions
+from morphoquant.analysis.page import compare, provenance, summaries
+from morphoquant.analysis.page.gather import Gathered, Run
+from morphoquant.analysis.page.pictures import Picture, atlas, bits_picture, depth_picture
+from morphoquant.analysis.page.questions import Disagreements, disagreements
+from morphoquant.analysis.page.sweeps import sweep_tables
 from morphoquant.analysis.sweeps import TABLES, read_tables
 from morphoquant.tracking.progress import progress
 
@@ -82,7 +84,7 @@ def render(gathered: Gathered, most_atlases: int = MOST_ATLASES) -> str:
             pages.append(page)
     runs = [_run_page(group, run) for group in groups for run in group.runs]
     environment = Environment(
-        loader=PackageLoader("morphoquant.analysis.report"),
+        loader=PackageLoader("morphoquant.analysis.page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -102,7 +104,7 @@ def render(gathered: Gathered, most_atlases: int = MOST_ATLASES) -> str:
         version=__version__,
         error_headings=[heading for heading, _, _ in summaries.ERRORS],
         mean=compare.MEAN,
-        most_paired=compare.MOST_PAIRED,
+        confidence=f"{100 * paired.CONFIDENCE:g}",
     )
 
 
@@ -170,33 +172,26 @@ def signed(value: float, digits: int = 1) -> str:
     return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
 
 
-def p_value(value: float) -> str:
-    """``0.012``, ``< 0.001``; a dash for NaN."""
-    if math.isnan(value):
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def mark(verdict: str) -> str:
     """The sign that stands for a verdict, beside its words."""
-    return next((sign for words, sign in MARKS.items() if verdict == words), "")
+    return MARKS.get(verdict, "")
 
 
 def kind(verdict: str) -> str:
     """CSS class of a verdict."""
-    if verdict in (compare.NOTHING, compare.UNKNOWN):
+    if verdict in (paired.NOTHING, paired.UNKNOWN):
         return "covers"
-    return "weak" if verdict.endswith(compare.UNCORRECTED) else verdict
+    return "weak" if verdict.endswith(paired.UNCORRECTED) else verdict
 
 
 MARKS = {
-    compare.LOWER: "▼",
-    compare.HIGHER: "▲",
-    compare.LOWER + compare.UNCORRECTED: "▽",
-    compare.HIGHER + compare.UNCORRECTED: "△",
-    compare.NOTHING: "≈",
-    compare.UNKNOWN: "?",
+    paired.LOWER: "▼",
+    paired.HIGHER: "▲",
+    paired.LOWER + paired.UNCORRECTED: "▽",
+    paired.HIGHER + paired.UNCORRECTED: "△",
+    paired.NOTHING: "≈",
+    paired.UNKNOWN: "?",
 }
 FILTERS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (fixed, signed, p_value, mark, kind)
+    f.__name__: f for f in (fixed, signed, p_value, questions, mark, kind)
 }

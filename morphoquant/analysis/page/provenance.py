@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from morphoquant.analysis.report.gather import Run
+from morphoquant.analysis.page.gather import Run
 from morphoquant.tracking.fingerprint import fingerprint
 from morphoquant.tracking.rundir import IDENTITY, RESULT
 

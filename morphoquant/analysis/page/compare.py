@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from statsmodels.stats import multitest
+import pandas as pd
 
 from morphoquant.analysis import table
-from morphoquant.analysis.paired import Difference, PairedDifference, compare, join
-from morphoquant.analysis.report.gather import Run
+from morphoquant.analysis.figures.style import MODALITIES, ordered
+from morphoquant.analysis.page.gather import Run
+from morphoquant.analysis.paired import (
+    Difference,
+    PairedDifference,
+    align,
+    differences,
+    holm,
+    verdict,
+)
+from morphoquant.analysis.pairs import LIMIT
 
-HIGHER, LOWER, UNCORRECTED = "higher", "lower", ", not after correction"
-NOTHING, UNKNOWN = "no difference found", "interval unknown"
-LEVEL = 0.05
 MEAN = "mean"
-
-MOST_PAIRED = 12
-"""Runs of a group that are compared pair by pair: 66 comparisons."""
 
 Measured = tuple[float, int, Difference | None]
 """Accuracy, questions, and the difference to the reference."""
@@ -72,6 +75,8 @@ class Group:
     """Runs of one model on one set of questions: the only ones that a number may compare."""
 
     runs: list[Run]
+    verdicts: pd.DataFrame
+    """``paired.align`` of their answers; one column per fingerprint."""
 
     @property
     def title(self) -> str:
@@ -110,17 +115,28 @@ class Group:
 
     @property
     def modalities(self) -> list[str]:
-        known = ("text", "image", "video", "audio")
-        return [m for m in known if m in self.modality_sizes] + sorted(
-            set(self.modality_sizes) - set(known)
-        )
+        return ordered(self.modality_sizes, MODALITIES)
+
+    @cached_property
+    def differences(self) -> dict[tuple[str, str], PairedDifference]:
+        """(fingerprint, fingerprint of an earlier run) -> the first against the second.
+
+        All of them come from one bootstrap.
+        """
+        names = [run.result["fingerprint"] for run in self.runs]
+        pairs: list[tuple[Hashable, Hashable]] = [
+            (run, base) for base, run in itertools.combinations(names, 2)
+        ]
+        if not pairs:
+            return {}
+        found = differences(self.verdicts, pairs)
+        return {(str(a), str(b)): d for (a, b), d in zip(pairs, found, strict=True)}
 
     @cached_property
     def against(self) -> dict[str, PairedDifference]:
         """Fingerprint -> the run beside its own unquantized reference, where that is here."""
-        here = {run.result["fingerprint"]: run for run in self.runs}
-        references = {f: here.get(run.result.get("reference") or "") for f, run in here.items()}
-        return {f: difference(here[f], base) for f, base in references.items() if base is not None}
+        references = {run.result["fingerprint"]: run.result.get("reference") for run in self.runs}
+        return {run: d for (run, base), d in self.differences.items() if references[run] == base}
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -150,7 +166,7 @@ class Group:
     def _rows(self, told: Mapping[str, Mapping[str, Measured]]) -> list[Row]:
         places = [(key, name) for key, row in told.items() for name in row]
         p = [getattr(told[key][name][2], "p", math.nan) for key, name in places]
-        adjusted = dict(zip(places, holm(p), strict=True))
+        adjusted = dict(zip(places, holm(pd.Series(p, dtype=float)), strict=True))
         return [
             Row(
                 run,
@@ -162,15 +178,21 @@ class Group:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Every two runs, each pair once; none where there are too many."""
-        if len(self.runs) > MOST_PAIRED:
-            return []
-        chosen = [(b, a) for a, b in itertools.combinations(self.runs, 2)]
-        found = [difference(run, base).mean for run, base in chosen]
-        adjusted = holm([d.p for d in found])
+        """Every two runs; of many runs, those that say which ranks are resolved.
+
+        With more than ``LIMIT`` runs these are the pairs of neighbours in the order of the mean,
+        and those with the first of that order. p values are corrected for all pairs.
+        """
+        found = self.differences
+        adjusted = holm(pd.Series([pair.mean.p for pair in found.values()], dtype=float))
+        ranked = sorted(self.runs, key=lambda run: -run.result["mean"])
+        order = [run.result["fingerprint"] for run in ranked]
+        telling = {frozenset(pair) for pair in itertools.pairwise(order)}
+        telling |= {frozenset((order[0], other)) for other in order[1:]}
         return [
-            Pair(self.label(run), self.label(base), d, p)
-            for (run, base), d, p in zip(chosen, found, adjusted, strict=True)
+            Pair(self.labels[run], self.labels[base], pair.mean, float(p))
+            for ((run, base), pair), p in zip(found.items(), adjusted, strict=True)
+            if len(self.runs) <= LIMIT or frozenset((run, base)) in telling
         ]
 
     @cached_property
@@ -203,41 +225,20 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """The runs by model, questions and the questions' content; the largest group first."""
+    """The runs by model, questions and the questions' content; the largest group first.
+
+    Raises:
+        HarnessError: a run answered a question twice.
+    """
     found: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         identity = run.identity
         same = (identity["model"], identity["question_ids"], identity.get("question_data") or "")
         found.setdefault(same, []).append(run)
+    made = [
+        Group([run for run in alike if run.result["fingerprint"] in verdicts], verdicts)
+        for alike in found.values()
+        for verdicts in align({run.result["fingerprint"]: run.samples for run in alike})
+    ]
     # The sweep that matters, and not the trial before it.
-    return [Group(g) for g in sorted(found.values(), key=lambda g: -len(g[0].samples) * len(g))]
-
-
-def difference(run: Run, base: Run) -> PairedDifference:
-    """Of two runs in one group, question by question (``paired``).
-
-    Raises:
-        HarnessError: they did not answer the same questions.
-    """
-    return compare(join(run.samples, base.samples))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's correction of p values (S. Holm, Scand. J. Statist. 1979); NaN stays NaN."""
-    known = [i for i, value in enumerate(p) if not math.isnan(value)]
-    adjusted = [math.nan] * len(p)
-    if known:
-        corrected = multitest.multipletests([p[i] for i in known], method="holm")[1]
-        for i, value in zip(known, corrected, strict=True):
-            adjusted[i] = float(value)
-    return adjusted
-
-
-def verdict(found: Difference, adjusted: float) -> str:
-    """What is said of a difference, given the corrected p value of its test."""
-    if math.isnan(found.low):
-        return UNKNOWN
-    if not found.found:
-        return NOTHING
-    said = HIGHER if found.delta > 0 else LOWER
-    return said if adjusted < LEVEL else said + UNCORRECTED
+    return sorted(made, key=lambda group: -len(group.verdicts) * len(group.runs))

@@ -14,7 +14,7 @@
   shows what held.
 """
 
-from morphoquant.analysis.report.gather import Gathered, gather
-from morphoquant.analysis.report.render import render
+from morphoquant.analysis.page.gather import Gathered, gather
+from morphoquant.analysis.page.render import render
 
 __all__ = ["Gathered", "gather", "render"]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from morphoquant.analysis.notebook import command
+from morphoquant.analysis.report import _cells
 from morphoquant.analysis.reports import make_report
 from morphoquant.analysis.sweeps import ABOUT, Sweep
-from morphoquant.analysis.table import _cells
 from morphoquant.errors import HarnessError
 
 

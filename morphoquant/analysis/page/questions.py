@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from morphoquant.analysis.page.compare import Group
 from morphoquant.analysis.paired import KEY
-from morphoquant.analysis.report.compare import Group
 
 MOST = 400
 """Questions shown."""
