@@ -50,25 +50,16 @@ def accuracy_over_bits(table: pd.DataFrame, base: float | None = None) -> Figure
             strict=False,
         )
     }
+    zero = "unquantized" if base is None else f"unquantized ({base:.1f} %)"
     made = figure("Mean accuracy over effective bits, beside the unquantized model", 9.0, 3.6)
     panels = made.subplots(1, len(WIDTHS), sharey=True)
     for panel, (column, unit) in zip(panels, WIDTHS.items(), strict=True):
         plain(panel, x=unit, y="difference (points)" if panel is panels[0] else "")
-        panel.axhline(0.0, color="black", linewidth=1.0)
+        panel.axhline(0.0, color="black", linewidth=1.0, label=zero)
         low, high = rows[column].min(), rows[column].max()
         room = max(0.15 * (high - low), 0.25)
         panel.set_xlim(low - room, high + room)
         _points(panel, rows, column, styles, APART * (high - low + 2 * room))
-    told = "unquantized" if base is None else f"unquantized: {base:.1f} %"
-    panels[0].annotate(
-        told,
-        (0.01, 0.0),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 2),
-        textcoords="offset points",
-        fontsize=TEXT,
-        color="#444444",
-    )
     if base is not None:
         second = panels[-1].secondary_yaxis(
             "right", functions=(lambda d: d + base, lambda accuracy: accuracy - base)
@@ -81,7 +72,7 @@ def accuracy_over_bits(table: pd.DataFrame, base: float | None = None) -> Figure
         handles,
         labels,
         loc="outside lower center",
-        ncols=min(len(labels), 3),
+        ncols=min(len(labels), 4 if max(map(len, labels)) < 24 else 2),
         fontsize=TEXT,
         frameon=False,
     )

@@ -165,20 +165,18 @@ def _words(settings: dict[str, Any]) -> str:
     if "group_size" in settings and settings.get("granularity") == "per_group":
         parts.append(str(settings["group_size"]))
     known = {"format", "bits", "base_bits", "effective_bits", "granularity", "mode", "group_size"}
-    others = [
-        str(v)
-        if isinstance(v, str)
-        else k.replace("_", " ")
-        if v is True
-        else f"{k.replace('_', ' ')} {_short(v)}"
-        for k, v in settings.items()
-        if k not in known and v is not None and v is not False
-    ]
+    others = [_word(k, v) for k, v in settings.items() if k not in known and v not in (None, False)]
     return ", ".join([" ".join(parts), *others])
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _word(name: str, value: Any) -> str:
+    """A setting by its value where that says it, by its name where it is on, else by both."""
+    if isinstance(value, str):
+        return value
+    name = name.replace("_", " ")
+    if value is True:
+        return name
+    return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _compensation(record: dict[str, Any]) -> str:
@@ -253,9 +251,5 @@ def facts(run: Run) -> dict[str, str]:
             f"{costs['stored_numbers']:,} stored numbers"
         )
     if run.manifest.get("kv_cache"):
-        cache = run.manifest["kv_cache"]
-        found["keys and values"] = ", ".join(
-            f"{k.replace('_', ' ')} {_short(v)}" for k, v in cache.items()
-        )
-    found["versions"] = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+        found["keys and values"] = _words(run.manifest["kv_cache"])
     return found

@@ -22,8 +22,8 @@ class Answer:
     text: str
     parsed: str
     right: bool
-    drawn: bool
-    """The answer named no choice: whatever was scored is not the model's."""
+    unparsed: bool
+    """The scoring found no choice in it: ``parsed`` is empty or was drawn at random."""
 
 
 @dataclass(frozen=True)

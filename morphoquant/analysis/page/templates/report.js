@@ -10,6 +10,7 @@
   for (const table of document.querySelectorAll("table[data-sortable]")) {
     const headers = [...table.tHead.rows[0].cells];
     headers.forEach((header, column) => {
+      if ("fixed" in header.dataset) return;
       const button = document.createElement("button");
       button.type = "button";
       button.append(...header.childNodes);
