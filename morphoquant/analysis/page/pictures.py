@@ -30,10 +30,9 @@ log = logging.getLogger(__name__)
 SVG = {"svg.fonttype": "path", "svg.hashsalt": "morphoquant"}
 """Letters as paths look the same on every machine; a fixed salt gives the same ids every time."""
 UNTOLD = {"Date": None, "Creator": None, "Format": None, "Type": None}
-LARGE = 150_000
-"""Characters of an SVG from which on a picture in 256 colours takes its place: thousands of bars
-and curves are no smaller for being drawn one by one."""
 DPI = 144
+"""Of pictures in 256 colours, which channel distributions become: hundreds of bars and steps are no
+smaller for being drawn one by one."""
 KEPT = " !$'()*+,-./:;<=>?@[]^_`{|}~"
 """What stands as it is in a data URI between double quotes; all else is percent-encoded."""
 COORDINATES = re.compile(r'(?<=\s)(?:d|x|y)="[^"]*"')
@@ -76,19 +75,24 @@ class Picture:
     caption: str
 
 
-def picture(name: str, drawn: Figure, caption: str, alt: str = "") -> Picture:
-    """A figure as a data URI; the same figure gives the same bytes."""
+def picture(
+    name: str, drawn: Figure, caption: str, alt: str = "", *, pixels: bool = False
+) -> Picture:
+    """A figure as a data URI, of SVG or of ``pixels``; the same figure gives the same bytes."""
+    if pixels:
+        uri = f"data:image/png;base64,{b64encode(_png(drawn)).decode()}"
+    else:
+        uri = f"data:image/svg+xml,{quote(compact(_svg(drawn)), safe=KEPT)}"
+    width, height = (round(96 * inches) for inches in drawn.get_size_inches())
+    told = drawn.get_suptitle().replace("\n", ", ")
+    return Picture(name, Markup(uri), width, height, f"{told}. {alt}".strip(), caption)
+
+
+def _svg(drawn: Figure) -> str:
     stream = BytesIO()
     with matplotlib.rc_context(SVG):
         drawn.savefig(stream, format="svg", metadata=UNTOLD)
-    svg = compact(stream.getvalue().decode())
-    width, height = (round(96 * inches) for inches in drawn.get_size_inches())
-    told = drawn.get_suptitle().replace("\n", ", ")
-    if len(svg) <= LARGE:
-        uri = f"data:image/svg+xml,{quote(svg, safe=KEPT)}"
-    else:
-        uri = f"data:image/png;base64,{b64encode(_png(drawn)).decode()}"
-    return Picture(name, Markup(uri), width, height, f"{told}. {alt}".strip(), caption)
+    return stream.getvalue().decode()
 
 
 def _png(drawn: Figure) -> bytes:
@@ -177,7 +181,10 @@ def depth_picture(tables: Mapping[str, pd.DataFrame]) -> Picture | None:
 def atlas(run: Run, tables: Mapping[str, pd.DataFrame]) -> list[Picture]:
     """The standard figures of one run; its error over depth stands beside the others'."""
     told = {name: table for name, table in tables.items() if name != "depth"}
+    about = f"Run {run.path.name}."
     return [
-        picture(name, drawn, CAPTIONS.get(name, DISTRIBUTION), f"Run {run.path.name}.")
+        picture(name, drawn, CAPTIONS[name], about)
+        if name in CAPTIONS
+        else picture(name, drawn, DISTRIBUTION, about, pixels=True)
         for name, drawn in draw_standard(told)
     ]
