@@ -38,7 +38,8 @@ FLAGS = [
     "--virtual-time-budget=10000",
 ]
 PROBE = """<script>addEventListener("load", () => {
-  const table = document.querySelector("#g1-questions-table"), rows = () => [...table.tBodies[0].rows];
+  const table = document.querySelector("#g1-questions-table");
+  const rows = () => [...table.tBodies[0].rows];
   const ids = () => rows().map((row) => row.cells[0].textContent);
   const before = ids();
   document.querySelector("#g1-questions-table thead th button").click();
