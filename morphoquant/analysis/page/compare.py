@@ -81,6 +81,8 @@ class Group:
     @property
     def title(self) -> str:
         first = self.runs[0].result
+        if not self.benchmarks:
+            return f"{first['model']}, nothing asked"
         limit = "" if first.get("limit") is None else f", {first['limit']} questions of each task"
         return f"{first['model']} on {first['benchmark']}{limit}"
 
@@ -127,7 +129,7 @@ class Group:
         pairs: list[tuple[Hashable, Hashable]] = [
             (run, base) for base, run in itertools.combinations(names, 2)
         ]
-        if not pairs:
+        if not pairs or self.verdicts.empty:
             return {}
         found = differences(self.verdicts, pairs)
         return {(str(a), str(b)): d for (a, b), d in zip(pairs, found, strict=True)}
@@ -141,14 +143,16 @@ class Group:
     @cached_property
     def rows(self) -> list[Row]:
         """Accuracy by benchmark, and their mean."""
-        told = {}
+        told: dict[str, dict[str, Measured]] = {}
         for run in self.runs:
             found, result = self.against.get(run.result["fingerprint"]), run.result
             total = sum(row["n"] for row in result["accuracy"].values())
             told[run.key] = {
                 name: (row["value"], row["n"], found.benchmarks.get(name) if found else None)
                 for name, row in result["accuracy"].items()
-            } | {MEAN: (result["mean"], total, found.mean if found else None)}
+            }
+            if result["accuracy"]:
+                told[run.key][MEAN] = (result["mean"], total, found.mean if found else None)
         return self._rows(told)
 
     @cached_property
@@ -184,6 +188,8 @@ class Group:
         and those with the first of that order. p values are corrected for all pairs.
         """
         found = self.differences
+        if not found:
+            return []
         adjusted = holm(pd.Series([pair.mean.p for pair in found.values()], dtype=float))
         ranked = sorted(self.runs, key=lambda run: -run.result["mean"])
         order = [run.result["fingerprint"] for run in ranked]
@@ -216,7 +222,7 @@ class Group:
             for run in self.runs
             if run.quantizes and run.result["fingerprint"] not in self.against
         ]
-        if lonely:
+        if lonely and self.benchmarks:
             notes.append(
                 f"No unquantized reference of the same code and versions is here for "
                 f"{', '.join(lonely)}: no differences are shown for such rows."

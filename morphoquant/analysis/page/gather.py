@@ -232,7 +232,10 @@ def _commands(sweeps: Iterable[Sweep]) -> list[tuple[Path, str]]:
 
 
 def _failures(sweeps: Iterable[Sweep]) -> list[Failure]:
-    """Jobs whose latest attempt failed: what came through later is no failure any more."""
+    """Jobs whose latest attempt failed: what came through later is no failure any more.
+
+    Neither is a job that only began: it runs, or was killed and left an unfinished run.
+    """
     latest: dict[str, Failure | None] = {}
     for sweep in sorted(sweeps, key=lambda s: s.path.name):
         for note in sweep.notes:

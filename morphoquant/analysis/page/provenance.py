@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from morphoquant.analysis.page.gather import Run
+from morphoquant.tracking.differences import ABOUT
 from morphoquant.tracking.fingerprint import fingerprint
 from morphoquant.tracking.rundir import IDENTITY, RESULT
 
@@ -71,8 +72,9 @@ def checks(run: Run) -> list[Check]:
         )
         detail = f"not so: {', '.join(wrong)}" if wrong else values
         found.append(Check(f"accuracy by {column} is that of the answers", not wrong, detail))
-    mean = sum(row["value"] for row in result["accuracy"].values()) / len(result["accuracy"])
-    found.append(_equal("the mean is that of the benchmarks", result["mean"], mean))
+    if result["accuracy"]:
+        mean = sum(row["value"] for row in result["accuracy"].values()) / len(result["accuracy"])
+        found.append(_equal("the mean is that of the benchmarks", result["mean"], mean))
     unparsed = sum(row["unparsed"] for row in result["accuracy"].values())
     found.append(
         _equal("unparsed answers are those counted", unparsed, int(samples["unparsed"].sum()))
@@ -104,7 +106,7 @@ def checks(run: Run) -> list[Check]:
 
 
 def _identity(run: Run) -> str:
-    return fingerprint(run.identity)
+    return fingerprint({k: v for k, v in run.identity.items() if k != ABOUT})
 
 
 def _equal(claim: str, told: Any, counted: Any) -> Check:
@@ -200,6 +202,8 @@ def config_text(run: Run) -> str:
 
 def hashes(run: Run) -> dict[str, str]:
     """What was hashed -> its hash: what makes the run this run."""
+    git = (run.identity.get(ABOUT) or {}).get("git")
+    commit = f"{git['commit']}{', changed since' if git['changed'] else ''}" if git else "not known"
     named = {
         "code": "code",
         "model": "model (weights and processor)",
@@ -209,13 +213,18 @@ def hashes(run: Run) -> dict[str, str]:
         "question_data": "question content",
     }
     told = {words: run.identity.get(key) or "not read" for key, words in named.items()}
-    return {"fingerprint": run.result["fingerprint"], **told, "scope": run.result["scope"]["hash"]}
+    return {
+        "fingerprint": run.result["fingerprint"],
+        **told,
+        "scope": run.result["scope"]["hash"],
+        "git commit": commit,
+    }
 
 
 def facts(run: Run) -> dict[str, str]:
     """What was done, in words."""
     result, calibration = run.result, run.result["calibration"]
-    questions = ", ".join(f"{name} {row['n']}" for name, row in result["accuracy"].items())
+    asked = ", ".join(f"{name} {row['n']}" for name, row in result["accuracy"].items())
     scope = result["scope"]
     read = "none: this run reads none"
     if run.identity.get("calibration_ids"):
@@ -227,7 +236,7 @@ def facts(run: Run) -> dict[str, str]:
         "command": run.command or "not recorded (no sweep's note names this run)",
         **{f"slot: {name}": words for name, words in result["slots"].items()},
         "calibration": read,
-        "questions": f"{len(run.samples)} ({questions})",
+        "questions": f"{len(run.samples)} ({asked})" if asked else "none asked",
         "scope": f"{', '.join(scope['towers'])}: {scope['linears']} linears",
         "seconds": ", ".join(f"{name} {s:.1f}" for name, s in result["seconds"].items()),
         "peak memory": ", ".join(
@@ -241,6 +250,12 @@ def facts(run: Run) -> dict[str, str]:
         found["quantization moved logits by"] = (
             f"KL {moved['kl']:.4g} nats, top-1 agreement {100 * moved['top1_agreement']:.1f} % "
             f"(probe inputs)"
+        )
+    if result.get("held_out"):
+        apart = result["held_out"]
+        found["held-out prompts"] = (
+            f"KL {apart['kl']:.4g} nats, top-1 agreement {100 * apart['top1_agreement']:.1f} % "
+            f"({apart['samples']} prompts)"
         )
     costs = result.get("compensation") or {}
     if costs:

@@ -68,6 +68,8 @@ def disagreements(group: Group, most: int = MOST) -> Disagreements:
     it has so many.
     """
     first = group.runs[0].samples
+    if first.empty:
+        return Disagreements([], total=0, asked=0)
     frame = first[[*KEY, "benchmark", "modality", "target"]].set_index(KEY)
     verdicts = pd.concat([run.samples.set_index(KEY)["correct"] for run in group.runs], axis=1)
     differs = verdicts.nunique(axis=1) > 1

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from morphoquant import __version__
 from morphoquant.analysis import paired
 from morphoquant.analysis.cells import p_value, questions
+from morphoquant.analysis.figures.style import MODALITIES, ordered
 from morphoquant.analysis.page import compare, provenance, summaries
 from morphoquant.analysis.page.gather import Gathered, Run
 from morphoquant.analysis.page.pictures import Picture, atlas, bits_picture, depth_picture
@@ -40,6 +41,11 @@ class GroupPage:
     undrawn: list[str]
     """Labels of runs whose figures were left out because there are too many."""
     disagreements: Disagreements
+
+    @property
+    def measured(self) -> list[str]:
+        """Modalities in the tables of statistics."""
+        return ordered((m for row in [*self.sqnr, *self.outliers] for m in row.values), MODALITIES)
 
 
 @dataclass(frozen=True)

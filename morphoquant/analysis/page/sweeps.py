@@ -21,6 +21,8 @@ class SweepTable:
     finished: bool
     done: int
     failed: int
+    begun: int
+    """Jobs that left neither a run nor a reason: they run, or were killed."""
     title: str
     headers: list[str]
     rows: list[list[str]]
@@ -44,7 +46,16 @@ def _table(sweep: Sweep) -> SweepTable:
             notes = [f"The table {sweep.report!r} of this sweep cannot be made: {error}"]
     finished = (sweep.path / ABOUT).is_file()
     told = command(sweep) if finished else ""
-    failed = len(sweep.notes) - done
+    failed = sum("error" in note for note in sweep.notes)
     return SweepTable(
-        sweep.path.resolve().name, told, finished, done, failed, title, headers, rows, notes
+        name=sweep.path.resolve().name,
+        command=told,
+        finished=finished,
+        done=done,
+        failed=failed,
+        begun=len(sweep.notes) - done - failed,
+        title=title,
+        headers=headers,
+        rows=rows,
+        notes=notes,
     )

@@ -137,7 +137,8 @@ class Runs:
         name = fingerprint(identity)
         folder = self.root / f"tiny-{method}-{scheme}-mini-{name[:10]}"
         (folder / "answers").mkdir(parents=True)
-        (folder / "identity.json").write_text(json.dumps(identity))
+        about = {"git": {"commit": "f00d", "changed": True}, "files": {}}
+        (folder / "identity.json").write_text(json.dumps(identity | {"about": about}))
         lines = [json.dumps({"doc_id": i}) for i in range(5)]
         (folder / "answers" / "mini_mmmu.jsonl").write_text("\n".join([*lines, '{"doc_i']))
         if not finished:
@@ -164,7 +165,7 @@ class Runs:
             "question_ids": identity["question_ids"],
             "accuracy": told,
             "modality": scores(samples, "modality"),
-            "mean": sum(row["value"] for row in told.values()) / len(told),
+            "mean": sum(row["value"] for row in told.values()) / len(told) if told else None,
             "bits": {"weight": effective, "activation": effective},
             "compensation": None,
             "seconds": {"quantize": 1.0, "evaluate": 2.0},

@@ -104,6 +104,7 @@ def test_everything_is_there(page: str, outline: Outline) -> None:
         "cannot rank good methods",
         "effective weight bits are the manifest",
         "python run.py method=rtn",
+        "f00d, changed since",
         "model.layers.2.mlp_out_proj",
     ):
         assert words in page
@@ -139,6 +140,20 @@ def test_a_run_that_does_not_bear_out_its_result_is_loud(runs: Any) -> None:
     page = render(gather([runs.root]))
     assert 'role="alert"' in page
     assert "✗ does not hold" in page
+
+
+def test_runs_that_ask_nothing_have_their_provenance(runs: Any) -> None:
+    base = runs.add("fp16", limit=0)
+    apart = {"samples": 5, "kl": 0.25, "top1_agreement": 0.8}
+    runs.add("rtn", reference=base, limit=0, tables=("errors",), held_out=apart)
+    runs.sweep("2026-01-01", [{"overrides": "method=rtn", "began": "here"}])
+    page = render(gather([runs.root]), most_atlases=0)
+    assert "there is no accuracy to compare" in page
+    assert "KL 0.25 nats, top-1 agreement 80.0 % (5 prompts)" in page
+    assert "Output SQNR" in page
+    assert "1 run or were killed" in page
+    assert "does not hold" not in page
+    assert Outline(page).wrong == ""
 
 
 def test_numbers_as_they_are_shown() -> None:
