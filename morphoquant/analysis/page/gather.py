@@ -112,10 +112,14 @@ def gather(folders: Sequence[Path]) -> Gathered:
             directories |= dict.fromkeys(found)
             sweeps |= {p: _sweep(p) for p in below}
     commands = {path.name: told for path, told in _commands(sweeps.values())}
-    runs, unfinished = [], []
+    runs: list[Run] = []
+    unfinished: list[Unfinished] = []
     for path in _with_references(list(directories)):
         read = _read(path, commands.get(path.name, ""))
-        (runs if isinstance(read, Run) else unfinished).append(read)  # type: ignore[attr-defined]
+        if isinstance(read, Run):
+            runs.append(read)
+        else:
+            unfinished.append(read)
     if not runs:
         listed = "".join(f"\n  {u.name}: {u.reason}" for u in unfinished)
         raise HarnessError(

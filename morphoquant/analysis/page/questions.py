@@ -86,7 +86,7 @@ def disagreements(group: Group, most: int = MOST) -> Disagreements:
             target=row["target"],
             answers=[_answer(samples.loc[key]) for samples in answered],
         )
-        for key, row in kept.iterrows()
+        for key, row in zip(kept.index.tolist(), kept.to_dict("records"), strict=True)
     ]
     return Disagreements(shown, total=len(frame), asked=len(first))
 

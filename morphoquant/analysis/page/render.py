@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -81,7 +82,8 @@ def render(gathered: Gathered, most_atlases: int = MOST_ATLASES) -> str:
     Raises:
         HarnessError: runs of one group that cannot be compared.
     """
-    pages, left = [], most_atlases
+    pages: list[GroupPage] = []
+    left = most_atlases
     groups = compare.groups(gathered.runs)
     with progress("Report", len(gathered.runs), "runs") as step:
         for group in groups:
@@ -122,7 +124,11 @@ def _source(environment: Environment, name: str) -> str:
 
 def _group_page(group: compare.Group, most: int, step: Callable[[int], None]) -> GroupPage:
     """Everything that is shown of a group; ``most`` runs get their figures."""
-    sqnr, outliers, atlases, undrawn, depths = [], [], [], [], []
+    sqnr: list[summaries.Summary | None] = []
+    outliers: list[summaries.Summary | None] = []
+    atlases: list[Atlas] = []
+    undrawn: list[str] = []
+    depths: dict[str, pd.DataFrame] = {}
     for run in group.runs:
         label, tables = group.label(run), read_tables(run.path, STATISTICS)
         errors, found = tables.get("errors"), tables.get("outliers")
@@ -132,7 +138,7 @@ def _group_page(group: compare.Group, most: int, step: Callable[[int], None]) ->
             outliers.append(summaries.outlier_row(label, found))
         if tables and len(atlases) < most:
             if "depth" in tables:
-                depths.append((label, tables["depth"]))
+                depths[label] = tables["depth"]
             rows = [] if errors is None else summaries.error_rows(errors)
             atlases.append(Atlas(label, run.key, atlas(run, tables), rows))
         elif tables:
@@ -141,7 +147,7 @@ def _group_page(group: compare.Group, most: int, step: Callable[[int], None]) ->
     return GroupPage(
         group=group,
         bits=bits_picture(group),
-        depth=depth_picture(dict(depths)),
+        depth=depth_picture(depths),
         sqnr=[row for row in sqnr if row is not None],
         outliers=[row for row in outliers if row is not None],
         atlases=atlases,
@@ -199,5 +205,10 @@ MARKS = {
     paired.UNKNOWN: "?",
 }
 FILTERS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (fixed, signed, p_value, questions, mark, kind)
+    "fixed": fixed,
+    "signed": signed,
+    "p_value": p_value,
+    "questions": questions,
+    "mark": mark,
+    "kind": kind,
 }

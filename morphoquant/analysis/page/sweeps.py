@@ -36,7 +36,10 @@ def sweep_tables(sweeps: Sequence[Sweep]) -> list[SweepTable]:
 
 def _table(sweep: Sweep) -> SweepTable:
     done = sum("run" in note for note in sweep.notes)
-    title, headers, rows, notes = "", [], [], []
+    title = ""
+    headers: list[str] = []
+    rows: list[list[str]] = []
+    notes: list[str] = []
     if sweep.report != "comparison":
         try:
             report = make_report(sweep.report, sweep.notes)
