@@ -10,6 +10,7 @@ One colour and one marker belong to each modality, in all figures.
 
 from morphoquant.analysis.figures.ablation import ablation_plot
 from morphoquant.analysis.figures.activations import channel_distribution, overlap_matrix
+from morphoquant.analysis.figures.bits import accuracy_over_bits
 from morphoquant.analysis.figures.heatmap import layer_modality_heatmap
 from morphoquant.analysis.figures.losses import (
     clip_and_rounding,
@@ -18,16 +19,18 @@ from morphoquant.analysis.figures.losses import (
     sqnr_by_group,
 )
 from morphoquant.analysis.figures.sensitivity import cell_heatmap, sensitivity_plot
-from morphoquant.analysis.figures.standard import save_figures
+from morphoquant.analysis.figures.standard import draw_standard, save_figures
 from morphoquant.analysis.figures.style import COLOURS, TableError
 
 __all__ = [
     "COLOURS",
     "TableError",
     "ablation_plot",
+    "accuracy_over_bits",
     "cell_heatmap",
     "channel_distribution",
     "clip_and_rounding",
+    "draw_standard",
     "error_over_depth",
     "layer_modality_heatmap",
     "overlap_matrix",

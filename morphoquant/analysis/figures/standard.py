@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -52,6 +52,21 @@ def save_figures(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path
         StorageError: the folder cannot be written.
     """
     written = []
+    for name, drawn in draw_standard(tables):
+        path = run_dir / "figures" / f"{name}.png"
+        write_atomic(path, partial(_save, drawn))
+        written.append(path)
+    return written
+
+
+def draw_standard(tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of the standard set, in reading order, one drawn at a time.
+
+    A figure whose table is missing, empty or lacks a column is left out; the log says why.
+
+    Args:
+        tables: as ``save_figures`` takes them.
+    """
     for name, (needs, draw) in _standard(tables).items():
         if any(table not in tables or tables[table].empty for table in needs):
             continue
@@ -60,10 +75,7 @@ def save_figures(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path
         except TableError as reason:
             log.info("figure %s is left out: %s", name, reason)
             continue
-        path = run_dir / "figures" / f"{name}.png"
-        write_atomic(path, partial(_save, drawn))
-        written.append(path)
-    return written
+        yield name, drawn
 
 
 Recipe = tuple[tuple[str, ...], Callable[..., Figure]]
