@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = 24
@@ -56,6 +57,7 @@ def calls(manifest: dict[str, Any]) -> set[int]:
     return {linear.pop("calls") for linear in manifest["linears"]}
 
 
+@pytest.mark.timeout(900)  # three cold starts of the whole command
 def test_two_processes_share_the_questions_and_one_goes_on_alone(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):

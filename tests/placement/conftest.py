@@ -80,6 +80,9 @@ class Placed(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Placed({self.held}, {self.device})"
 
+    def new_tensor(self, data: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.tensor(data, dtype=self.dtype, device=self.device)
+
     def tolist(self) -> Any:
         return self.held.tolist()
 
@@ -167,6 +170,14 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> type[TwoGpus]:
     Tensors of a subclass have no place in inference mode; gradients are only switched off here.
     """
     _register()
+    backward = torch.Tensor.backward
+
+    def in_this_thread(self: torch.Tensor) -> None:
+        with torch.autograd.set_multithreading_enabled(False):
+            backward(self)
+
+    # The engine has no thread for a device that is not there.
+    monkeypatch.setattr(torch.Tensor, "backward", in_this_thread)
     for name in ("logits", "generate"):
         method = getattr(OmniAdapter, name).__wrapped__
         monkeypatch.setattr(OmniAdapter, name, torch.no_grad()(method))

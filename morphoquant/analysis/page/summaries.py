@@ -28,7 +28,7 @@ def sqnr_row(label: str, errors: pd.DataFrame) -> Summary | None:
     if known.empty:
         return None
     values = {str(m): mean_sqnr(rows[column]) for m, rows in known.groupby("modality")}
-    worst = known.loc[known[column].idxmin()]
+    worst = known.iloc[int(known[column].to_numpy().argmin())]
     place = f"{worst[column]:.1f} dB at {worst['layer']} {worst['group']}, {worst['modality']}"
     return Summary(label, values, place)
 
@@ -43,7 +43,7 @@ def outlier_row(label: str, outliers: pd.DataFrame) -> Summary | None:
     if known.empty:
         return None
     values = {str(m): float(v) for m, v in known.groupby("modality")[column].median().items()}
-    top = known.loc[known[column].idxmax()]
+    top = known.iloc[int(known[column].to_numpy().argmax())]
     place = f"{top[column]:.1f} at {top['layer']} {top['group']}, {top['modality']}"
     return Summary(label, values, place)
 
