@@ -30,7 +30,7 @@ from morphoquant.errors import HarnessError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-TIMEOUT = 1800.0  # seconds for which a rank may be behind the others
+TIMEOUT = 7200.0  # seconds for which a rank may be behind: it may wait for what another observes
 TIMEOUT_VARIABLE = "MORPHOQUANT_RANK_TIMEOUT"
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FAREWELL = 10.0  # seconds that a rank waits for the others at its end
