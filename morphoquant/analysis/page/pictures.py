@@ -127,7 +127,7 @@ def bits_picture(group: Group) -> Picture | None:
     told = [
         (row.label, row.run, row.cells[MEAN].difference)
         for row in group.rows
-        if row.cells[MEAN].difference is not None
+        if MEAN in row.cells and row.cells[MEAN].difference is not None
     ]
     if not told:
         return None
