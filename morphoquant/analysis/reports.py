@@ -27,11 +27,13 @@ def comparison(notes: Notes, root: Path | None = None) -> Report:
     found = list(dict.fromkeys(note["run"] for note in notes if "run" in note))
     failed = [dict(note) for note in notes if "error" in note]
     runs = table.load_runs([Path(d) for d in found], root)
-    compared = pairs.compare_runs(runs)
+    asked = [run for run in runs if run["accuracy"]]
+    compared = pairs.compare_runs(asked)
     frame = table.comparison(runs, compared)
     footnotes = table.footnotes(runs, frame) + table.failure_notes(failed)
     frame = table.with_failures(frame, failed)
-    parts = {"pairs": pairs.report(runs, compared), "cost": cost(runs)}
+    parts = {"pairs": pairs.report(asked, compared)} if asked else {}
+    parts["cost"] = cost(runs)
     return Report(table.TITLE, frame, frame, footnotes, parts)
 
 

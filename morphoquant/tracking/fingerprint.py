@@ -23,7 +23,7 @@ PACKAGES = (
     "wandb",
 )
 CODE_SUFFIXES = (".py", ".yaml")
-TOLD_NEVER_ASKED = ("analysis", "launching", "tracking", "sweep.py", "report.py")
+TOLD_NEVER_ASKED = ("analysis", "launching", "tracking", "sweep.py", "report.py", "tuning.py")
 """Rooms that cannot move a number: a nicer table must not make anyone repeat a week of runs."""
 
 

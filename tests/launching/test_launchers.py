@@ -54,7 +54,8 @@ def test_the_serial_table_whatever_becomes_of_single_jobs(
     assert "It ran on" in killed["error"]
 
     expected, whole = table(serial), table(sweep)
-    pd.testing.assert_frame_equal(whole.iloc[: len(expected)], expected)
+    # Rows without numbers make floats of counts.
+    pd.testing.assert_frame_equal(whole.iloc[: len(expected)], expected, check_dtype=False)
     assert {row.split()[0] for row in whole["method"][len(expected) :]} == {
         "rtn_static",
         "method=quarot",

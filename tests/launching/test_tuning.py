@@ -66,6 +66,17 @@ def test_trials_are_sorted_repeatable_and_end_in_a_command(tmp_path: Path, done:
     assert said_best(again.stdout) == said_best(found.stdout)
 
 
+def test_a_grid_that_asks_nothing_ends_in_a_comparison(tmp_path: Path, done: Done) -> None:
+    found = done("-m", "method=rtn,morphoquant", "benchmark=none", "calibration.held_out_samples=8")
+    assert found.returncode == 0, found.stderr
+    (table,) = tmp_path.glob("runs/sweeps/*/table.csv")
+    frame = pd.read_csv(table)
+    assert list(frame["method"]) == ["fp16", "rtn", "morphoquant"]
+    assert frame["held-out KL"].notna().all()
+    assert frame["mean"].isna().all()
+    assert not table.with_name("pairs.csv").exists(), "nobody answered anything"
+
+
 def test_a_study_without_any_good_trial_says_why(tmp_path: Path, done: Done) -> None:
     found = done("experiment=tune", "method=rtn_static", "hydra.sweeper.n_trials=2")
     assert found.returncode == 1
