@@ -50,6 +50,6 @@ def test_every_config_is_valid(path: Path, limit: int | None) -> None:
     values = OmegaConf.to_container(whole.benchmark, resolve=True)
     benchmark = BenchmarkConfig.model_validate(values)
     assert benchmark.name == path.stem
-    assert benchmark.limit == limit
+    assert benchmark.limit == (limit if benchmark.tasks else None)  # nothing to limit
     for name in benchmark.tasks:
         assert tasks.find(name).embedded == path.stem.startswith("mini")
