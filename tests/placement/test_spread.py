@@ -53,7 +53,7 @@ def phase(
     asked = quantize.probe_samples(calibration, 1)
     probe = adapter.encode([sample.messages for sample in asked])
     before = adapter.logits(probe)
-    drift = quantize.transform(config, adapter, calibration, probe, before, directory)
+    drift = quantize.transform(config, adapter, calibration, [probe], before, directory)
     towers = [tower for tower in EVERYWHERE if getattr(config.model.scope, tower)]
     quantizer = quantize.walk_blocks(config, adapter, towers, calibration)
     quantize.quantize_cache(config, adapter)

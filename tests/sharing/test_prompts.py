@@ -74,7 +74,7 @@ def walked(
         probe = prompts.encode_batch(calibration.samples[:2])
         directory = RunDirectory(folder, {})
         before = adapter.logits(probe)
-        quantize.transform(config, adapter, calibration, probe, before, directory, prompts)
+        quantize.transform(config, adapter, calibration, [probe], before, directory, prompts)
     quantizer = quantize.walk_blocks(config, adapter, list(TOWERS), calibration, prompts)
     return {
         "weights": adapter.model.state_dict(),
