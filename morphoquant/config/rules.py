@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from morphoquant.config.messages import ConfigError
@@ -10,6 +9,7 @@ from morphoquant.config.method import FIXED_WIDTH
 from morphoquant.config.partial import partial
 from morphoquant.config.rows import TABLE1
 from morphoquant.config.rules_modality import by_modality
+from morphoquant.config.rules_placement import placement
 from morphoquant.config.schema import RunConfig
 
 
@@ -315,7 +315,7 @@ def _model(cfg: RunConfig) -> Iterator[str]:
                 "model.attention='flash_attention_2' with model.dtype='float32': it computes in 16 "
                 "bits only. Set model.dtype=bfloat16, or model.attention=sdpa."
             )
-    yield from _placement(cfg)
+    yield from placement(cfg)
     scope = model.scope
     if cfg.method.quantizes and not (scope.decoder or scope.vision or scope.audio):
         yield "model.scope: nothing is in scope. Set model.scope.decoder=true."
@@ -332,36 +332,6 @@ def _model(cfg: RunConfig) -> Iterator[str]:
             yield (
                 f"model.media.{kind}_min_pixels={low} is more than model.media.{kind}_max_pixels="
                 f"{high}. Swap them, or set one to null."
-            )
-
-
-def _placement(cfg: RunConfig) -> Iterator[str]:
-    model = cfg.model
-    if model.device_map is not None and model.device == "cpu":
-        yield (
-            f"model.device_map={model.device_map!r} with model.device='cpu': it spreads a model "
-            "over GPUs. Set model.device=auto, or model.device_map=null."
-        )
-    if model.max_memory is None:
-        return
-    if model.device_map is None:
-        yield (
-            f"model.max_memory={model.max_memory} with model.device_map=null: without a map the "
-            "model goes to one device, whole. Set model.device_map=auto, or model.max_memory=null."
-        )
-    if not model.max_memory:
-        yield "model.max_memory={}: names no GPU. Set it to null, or to e.g. {0: 20GiB}."
-    for device, size in model.max_memory.items():
-        if isinstance(device, str) or device < 0:
-            yield (
-                f"model.max_memory names {device!r}: only GPUs, by number. Weights offloaded to "
-                "the CPU or the disk are read anew for every pass, so what is quantized in place "
-                "would be lost. Name GPUs only, e.g. {0: 20GiB}."
-            )
-        if re.fullmatch(r"[0-9]+(\.[0-9]+)?(GiB|MiB|GB|MB)", size) is None:
-            yield (
-                f"model.max_memory.{device}={size!r}: not a size. Give a number with GiB, MiB, GB "
-                "or MB and no space, e.g. 20GiB."
             )
 
 

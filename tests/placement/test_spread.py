@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from morphoquant import quantize
 from morphoquant.calibration.samples import Calibration
-from morphoquant.config import RunConfig, load
+from morphoquant.config import ConfigError, RunConfig, load
 from morphoquant.config.store import register
 from morphoquant.tracking.rundir import RunDirectory
 
@@ -30,8 +30,6 @@ METHODS = {
         "bits=w4a4kv4",
         "method.transform.r3=true",
     ],
-    "learned rotations": ["method=spinquant", "method.transform.steps=2"],
-    "smoothing by gradients": ["method=mbq"],
     "ranges per modality": ["method=mquant"],
     "low rank": ["method=svdquant"],
 }
@@ -98,3 +96,17 @@ def test_two_gpus_give_what_one_device_gives(
     assert found.keys() == expected.keys()
     different = [n for n, value in expected.items() if not torch.equal(value, found[n])]
     assert not different
+
+
+@pytest.mark.parametrize("method", ["spinquant", "mbq", "masquant"])
+def test_what_learns_from_gradients_is_refused(method: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.device_map='auto' with method\.transform\.name"):
+        configured(f"method={method}", "model.device_map=auto")
+
+
+def test_maps_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.device=auto"):
+        configured("model.device_map=auto", "model.device=cpu")
+    with pytest.raises(ConfigError, match=r"model\.device_map=null: without a map"):
+        configured("+model.max_memory={0: 20GiB}")
+    assert configured("model.device_map=auto").model.device_map == "auto"
