@@ -101,6 +101,9 @@ def test_sweep_ends_in_a_table_and_survives_a_kill(tmp_path: Path) -> None:
         kept = before.get(name, [])
         assert ids[: len(kept)] == kept, f"{name}: an answer was lost"
     assert results(broken) == results(whole)
+    (finished,) = [p.parent for p in (broken / "runs" / "sweeps").glob("*/table.csv")]
+    for name in ("table.csv", "table.md", "pairs.csv", "pairs.md"):
+        assert (finished / name).read_bytes() == table.with_name(name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
