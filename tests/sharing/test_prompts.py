@@ -180,9 +180,9 @@ def test_a_damaged_entry_costs_only_time(
 
 
 @pytest.fixture
-def key(omni: Any, few: Calibration) -> Callable[..., str]:
+def key(omni: Any, few: Calibration, tmp_path: Path) -> Callable[..., str]:
     """Where the statistics of a run would lie."""
-    store = ArtifactStore(Path("nowhere"))
+    store = ArtifactStore(tmp_path / "cache")
 
     def make(config: RunConfig, calibration: Calibration = few, towers: Any = TOWERS) -> str:
         quantizer = engine.BlockQuantizer(config.method, config.bits, histograms=True)
