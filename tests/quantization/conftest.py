@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from morphoquant.calibration.samples import Calibration, batches
 from morphoquant.calibration.walk import walk
@@ -25,6 +27,48 @@ W4A4 = BitsConfig(weight=4, activation=4)
 STATIC = {"format": "int", "granularity": "per_channel", "mode": "static"}
 DABC = CompensationConfig(name="dabc", mask=MaskConfig(max_share=0.05))
 W4A4 = BitsConfig(weight=4, activation=4)
+
+
+class ExactNorm(nn.Module):
+    """RMSNorm in the dtype of its input. The library's own always computes in float32, which
+    would hide errors below 1e-6."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.weight, self.epsilon = original.weight, original.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
+
+
+@pytest.fixture(scope="session")
+def in_float64() -> Callable[[Any], Any]:
+    """Turns a model into float64 from end to end, in place, and returns it."""
+
+    def make(model: Any) -> Any:
+        model.double()
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, ExactNorm(module))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def biased(in_float64: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Turns an adapter into float64, with biases on ``up`` too (this family has none there)."""
+
+    def make(adapter: Any) -> Any:
+        in_float64(adapter.model)
+        generator = torch.Generator().manual_seed(5)
+        for layer in adapter.residual_stream().layers:
+            noise = torch.randn(layer.up.out_features, dtype=torch.float64, generator=generator)
+            layer.up.bias = nn.Parameter(0.3 * noise, requires_grad=False)
+        return adapter
+
+    return make
 
 
 def activation(**changes: Any) -> ActivationConfig:

@@ -28,26 +28,11 @@ SETTINGS = {
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 2, 32
 
 
-class ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input; the library's own rounds to float32 on the way."""
-
-    def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.weight, self.epsilon = original.weight, original.variance_epsilon
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
-
-
 @pytest.fixture(scope="module")
-def exact(omni: Any, copied: Any) -> Any:
+def exact(omni: Any, copied: Any, in_float64: Any) -> Any:
     """The random thinker in float64 from end to end; shared, never changed."""
     adapter = copied(omni)
-    model = adapter.model.double()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ExactNorm(module))
+    in_float64(adapter.model)
     for i in range(LAYERS):  # sharper attention: wrong scores must show
         attention(adapter, i).k_proj.weight.mul_(3)
     return adapter

@@ -29,25 +29,10 @@ CHOICES = sorted(p.stem for p in (CONF / "method" / "transform").glob("*.yaml"))
 TOLERANCE = 1e-10
 
 
-class ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input; the library's own rounds to float32 on the way."""
-
-    def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.weight, self.epsilon = original.weight, original.variance_epsilon
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def original(request: pytest.FixtureRequest, build_adapter: Any) -> Any:
+def original(request: pytest.FixtureRequest, build_adapter: Any, in_float64: Any) -> Any:
     adapter = build_adapter(ScopeConfig(), tie=request.param)
-    model = adapter.model.double()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ExactNorm(module))
+    in_float64(adapter.model)
     stream = adapter.residual_stream()
     projectors = [projector.bias for projector in stream.projectors]
     for bias in (*projectors, *(layer.v.bias for layer in stream.layers)):

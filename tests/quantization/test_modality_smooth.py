@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from morphoquant.calibration.samples import CalibrationError
 from morphoquant.calibration.walk import walk
@@ -51,33 +50,13 @@ WHOLE = ModalitySmoothSettings(
 )
 
 
-class ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input; the library's own always computes in float32."""
-
-    def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.weight, self.epsilon = original.weight, original.variance_epsilon
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
-
-
 @pytest.fixture(scope="module")
-def original(build_adapter: Any) -> Any:
+def original(build_adapter: Any, biased: Any) -> Any:
     """Two layers in float64, with non-zero biases, on ``up`` too (this family has none there)."""
     adapter = build_adapter(ScopeConfig(), tie=False)
     text_model(adapter.model).layers = text_model(adapter.model).layers[:2]
     adapter.model.config.text_config.num_hidden_layers = 2
-    adapter.model.double()
-    for name, module in list(adapter.model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(adapter.model.get_submodule(parent), leaf, ExactNorm(module))
-    generator = torch.Generator().manual_seed(5)
-    for layer in adapter.residual_stream().layers:
-        noise = torch.randn(layer.up.out_features, dtype=torch.float64, generator=generator)
-        layer.up.bias = nn.Parameter(0.3 * noise, requires_grad=False)
-    return adapter
+    return biased(adapter)
 
 
 def doubled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ random, norm gains are far from one, grouped-query attention repeats values.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,19 +33,7 @@ IMAGE, VIDEO, AUDIO, VISION_START, VISION_END, AUDIO_START, AUDIO_END = range(50
 TOLERANCE = 1e-10
 
 
-class ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input. The library's own always computes in float32, which
-    would hide errors below 1e-6."""
-
-    def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.weight, self.epsilon = original.weight, original.variance_epsilon
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
-
-
-def build(tied: bool) -> Any:
+def build(tied: bool, in_float64: Callable[[Any], Any]) -> Any:
     """A random thinker in float64."""
     prepare_torchvision()
     from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
@@ -112,11 +101,7 @@ def build(tied: bool) -> Any:
             parameter.uniform_(0.3, 2.5)
         else:
             parameter.normal_(0, 0.15)
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ExactNorm(module))
-    return model
+    return in_float64(model)
 
 
 def inputs(parts: str) -> dict[str, torch.Tensor]:
@@ -161,8 +146,8 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def original(request: pytest.FixtureRequest) -> Any:
-    return build(request.param)
+def original(request: pytest.FixtureRequest, in_float64: Any) -> Any:
+    return build(request.param, in_float64)
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +248,8 @@ def test_decoding_with_a_cache_equals_prefill(original: Any) -> None:
     assert largest_relative_change(expected, torch.cat(steps, dim=1)) <= TOLERANCE
 
 
-def test_gains_are_folded_and_the_head_is_untied() -> None:
-    model = build(tied=True)
+def test_gains_are_folded_and_the_head_is_untied(in_float64: Any) -> None:
+    model = build(True, in_float64)
     stream = residual_stream(model)
     shared = stream.lm_head.weight.data_ptr() == stream.embedding.weight.data_ptr()
     report = rotate(stream, TransformConfig(name="rotate"))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from morphoquant.config.schema import BitsConfig, ScopeConfig, TransformConfig, WeightConfig
 from morphoquant.models.structure import Modality
@@ -29,39 +28,13 @@ PRESENT = (Modality.TEXT, Modality.IMAGE, Modality.AUDIO)
 NAMES = ("text", "image", "video", "audio", "mixed")
 
 
-class ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input. The library's own always computes in float32, which
-    would hide errors below 1e-6."""
-
-    def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.weight, self.epsilon = original.weight, original.variance_epsilon
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
-
-
-def exact(adapter: Any) -> Any:
-    """The adapter in float64, with biases on ``up`` too (this family has none there)."""
-    adapter.model.double()
-    for name, module in list(adapter.model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(adapter.model.get_submodule(parent), leaf, ExactNorm(module))
-    generator = torch.Generator().manual_seed(5)
-    for layer in adapter.residual_stream().layers:
-        noise = torch.randn(layer.up.out_features, dtype=torch.float64, generator=generator)
-        layer.up.bias = nn.Parameter(0.3 * noise, requires_grad=False)
-    return adapter
-
-
 def doubled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def original(request: pytest.FixtureRequest, build_adapter: Any) -> Any:
-    return exact(build_adapter(ScopeConfig(), tie=request.param))
+def original(request: pytest.FixtureRequest, build_adapter: Any, biased: Any) -> Any:
+    return biased(build_adapter(ScopeConfig(), tie=request.param))
 
 
 @pytest.fixture(scope="module")

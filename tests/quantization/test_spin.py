@@ -40,32 +40,13 @@ SHORT = SpinSettings(steps=3, batch_size=4, seed=1)
 TOLERANCE = 1e-10
 
 
-class ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input; the library's own always computes in float32."""
-
-    def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.weight, self.epsilon = original.weight, original.variance_epsilon
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
-
-
-def exact(adapter: Any) -> Any:
-    """The adapter's model in float64, throughout."""
-    model = adapter.model.double()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ExactNorm(module))
-    return adapter
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def precise(request: pytest.FixtureRequest, build_adapter: Any) -> Any:
+def precise(request: pytest.FixtureRequest, build_adapter: Any, in_float64: Any) -> Any:
     """The random thinker in float64, shared: copy it before a change."""
     scope = ScopeConfig(decoder=True, vision=True, audio=True)
-    return exact(build_adapter(scope, tie=request.param))
+    adapter = build_adapter(scope, tie=request.param)
+    in_float64(adapter.model)
+    return adapter
 
 
 @pytest.fixture(scope="module")
