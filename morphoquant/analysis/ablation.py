@@ -164,7 +164,15 @@ def ablation(
                 difference = found.get(pair) or paired_difference(run, against)
                 tested[len(rows)] = difference
             rows.append(_row(job, run, against, difference, benchmarks, base))
-    frame = _with_correction(pd.DataFrame(rows), tested, benchmarks)
+    frame = pd.DataFrame(rows)
+    correct(frame, {(i, ""): difference.mean for i, difference in tested.items()})
+    single = {
+        (i, f" {name}"): difference.benchmarks[name]
+        for i, difference in tested.items()
+        for name in benchmarks
+        if name in difference.benchmarks
+    }
+    correct(frame, single)
     if len(settings) == 1:
         frame = frame.drop(columns="setting")
     measured = list(runs.values())
@@ -196,24 +204,42 @@ def _row(
         "choice": job.choice.removeprefix(f"{job.factor}_") if job.choice != base else "–",
         "setting": job.setting,
     }
-    found = difference.mean if difference else None
-    for name in benchmarks:
-        row[name] = run["accuracy"].get(name, {}).get("value", math.nan) if run else math.nan
-        part = difference.benchmarks.get(name) if difference else None
-        row[f"Δ {name}"] = part.delta if part else math.nan
-        row |= {f"{key} {name}": getattr(part, key, math.nan) for key in ("low", "high", "p")}
-        row |= {f"p adjusted {name}": math.nan, f"verdict {name}": None}
-    row["mean"] = run["mean"] if run else math.nan
-    row["Δ mean"] = found.delta if found else math.nan
-    for key in ("low", "high", "p"):
-        row[key] = getattr(found, key) if found else math.nan
-    row["p adjusted"] = math.nan
-    for key in ("gained", "lost"):
-        row[key] = getattr(found, key) if found else math.nan
+    row |= compared_columns(run, difference, benchmarks, details=True)
     row["verdict"] = _without_test(job, run, against, difference, base)
     row["A bits"] = run["bits"]["activation"] if run else math.nan
     row["W bits"] = run["bits"]["weight"] if run else math.nan
     return row
+
+
+def compared_columns(
+    run: Mapping[str, Any] | None,
+    difference: PairedDifference | None,
+    benchmarks: Sequence[str],
+    details: bool = False,
+) -> dict[str, Any]:
+    """What a row says of a run and of its difference to another; NaN where that is unknown.
+
+    Args:
+        run: its result, or None where it failed.
+        difference: to what it is compared with.
+        benchmarks: in the order of the columns.
+        details: interval and test of every benchmark too, with room for what follows from all rows
+            (:func:`correct`).
+    """
+    found = difference.mean if difference else None
+    row: dict[str, Any] = {}
+    for name in benchmarks:
+        row[name] = run["accuracy"].get(name, {}).get("value", math.nan) if run else math.nan
+        part = difference.benchmarks.get(name) if difference else None
+        row[f"Δ {name}"] = part.delta if part else math.nan
+        if details:
+            row |= {f"{key} {name}": getattr(part, key, math.nan) for key in ("low", "high", "p")}
+            row |= {f"p adjusted {name}": math.nan, f"verdict {name}": None}
+    row["mean"] = run["mean"] if run and benchmarks else math.nan
+    row["Δ mean"] = found.delta if found else math.nan
+    row |= {key: getattr(found, key, math.nan) for key in ("low", "high", "p")}
+    row["p adjusted"] = math.nan
+    return row | {key: getattr(found, key, math.nan) for key in ("gained", "lost")}
 
 
 def _without_test(
@@ -239,37 +265,21 @@ def failed(error: str) -> str:
     return f"failed: {reason[0] if reason else 'no reason given'}"
 
 
-def _with_correction(
-    frame: pd.DataFrame, tested: Mapping[int, PairedDifference], benchmarks: Sequence[str]
-) -> pd.DataFrame:
-    """``p adjusted`` and the verdicts: of the rows' means, and of all rows and benchmarks.
+def correct(frame: pd.DataFrame, parts: Mapping[tuple[int, str], Difference]) -> None:
+    """Fill in ``p adjusted`` and the verdicts of differences that are corrected together.
 
     Benjamini and Hochberg (J. R. Stat. Soc. B 1995) bound the expected share of false differences
     among those found. Rows share their base, so their tests depend positively on each other, the
     case in which that procedure holds.
 
     Args:
-        frame: the rows.
-        tested: place of a row -> its difference to the base.
-        benchmarks: all of them.
+        frame: the rows, changed in place.
+        parts: place of a row and what its columns' names end in -> the difference.
     """
-
-    def fill(parts: Mapping[tuple[int, str], Difference]) -> None:
-        adjusted = stats.false_discovery_control([p.p for p in parts.values()]) if parts else []
-        for ((row, suffix), part), p in zip(parts.items(), adjusted, strict=True):
-            frame.loc[row, f"p adjusted{suffix}"] = p
-            frame.loc[row, f"verdict{suffix}"] = verdict(part, p)
-
-    fill({(i, ""): found.mean for i, found in tested.items()})
-    fill(
-        {
-            (i, f" {name}"): found.benchmarks[name]
-            for i, found in tested.items()
-            for name in benchmarks
-            if name in found.benchmarks
-        }
-    )
-    return frame
+    adjusted = stats.false_discovery_control([p.p for p in parts.values()]) if parts else []
+    for ((row, suffix), part), p in zip(parts.items(), adjusted, strict=True):
+        frame.loc[row, f"p adjusted{suffix}"] = p
+        frame.loc[row, f"verdict{suffix}"] = verdict(part, p)
 
 
 def _how(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 from morphoquant.analysis import ablation, table
 from morphoquant.analysis.cells import compared
@@ -24,7 +23,6 @@ from morphoquant.analysis.paired import (
     RESAMPLES,
     PairedDifference,
     paired_difference,
-    verdict,
 )
 from morphoquant.config.method import TOKEN_KINDS
 from morphoquant.config.units import ALL, KINDS, kind_of
@@ -147,7 +145,10 @@ def sensitivity(
             )
             tested[len(rows)] = difference
         rows.append(_row(unit, total, difference, benchmarks))
-    frame = _ordered(_with_correction(pd.DataFrame(rows), tested))
+    frame = pd.DataFrame(rows)
+    # Benjamini and Hochberg, as in an ablation.
+    ablation.correct(frame, {(i, ""): difference.mean for i, difference in tested.items()})
+    frame = _ordered(frame)
     if not benchmarks:
         told = ["mean", "Δ mean", "low", "high", "p", "p adjusted", "gained", "lost"]
         frame = frame.drop(columns=told)
@@ -196,42 +197,16 @@ def _row(
         row[f"KL {kind}"] = logits.get(f"kl/{kind}", math.nan)
     known = run is not None and unit.kind != "modality"
     row["weights"] = 100 * _weights(run) / total if run and known else math.nan
-    found = difference.mean if difference else None
-    for name in benchmarks:
-        row[name] = run["accuracy"].get(name, {}).get("value", math.nan) if run else math.nan
-        part = difference.benchmarks.get(name) if difference else None
-        row[f"Δ {name}"] = part.delta if part else math.nan
-    row["mean"] = run["mean"] if run and benchmarks else math.nan
-    row["Δ mean"] = found.delta if found else math.nan
-    for key in ("low", "high", "p"):
-        row[key] = getattr(found, key) if found else math.nan
-    row["p adjusted"] = math.nan
-    for key in ("gained", "lost"):
-        row[key] = getattr(found, key) if found else math.nan
+    row |= ablation.compared_columns(run, difference, benchmarks)
     if run is None:
         row["verdict"] = ablation.failed(unit.error)
-    elif found is None:
+    elif difference is None:
         row["verdict"] = UNASKED if not benchmarks else ablation.UNCOMPARED
     else:
         row["verdict"] = None
     row["W bits"] = run["bits"]["weight"] if run else math.nan
     row["A bits"] = run["bits"]["activation"] if run else math.nan
     return row
-
-
-def _with_correction(frame: pd.DataFrame, tested: Mapping[int, PairedDifference]) -> pd.DataFrame:
-    """``p adjusted`` (Benjamini and Hochberg, J. R. Stat. Soc. B 1995) and the verdicts.
-
-    Args:
-        frame: the rows.
-        tested: place of a row -> its difference to the unquantized model.
-    """
-    if tested:
-        adjusted = stats.false_discovery_control([found.mean.p for found in tested.values()])
-        for (row, found), p in zip(tested.items(), adjusted, strict=True):
-            frame.loc[row, "p adjusted"] = p
-            frame.loc[row, "verdict"] = verdict(found.mean, p)
-    return frame
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
