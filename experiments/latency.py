@@ -99,15 +99,14 @@ def make_group(
     weight = (torch.randn(outputs, channels, generator=draw) / channels**0.5).to(device)
     x = activations(64, channels, device, seed)
     edge = x.abs().amax(0)
-    grid = StaticRange(-edge, edge, torch.zeros_like(edge, dtype=torch.bool)).grid(bits)
+    chosen = StaticRange(-edge, edge, torch.zeros_like(edge, dtype=torch.bool))
+    grid = chosen.grid(bits)
     mask = torch.zeros(channels, dtype=torch.bool, device=device)
     mask[::OUTLIERS] = True
     folded = fold_weight(weight, grid, mask, bits, group_size=None)
     integer = IntegerLinear(folded, grid).to(device)
     source = GroupInput(1)
-    source.quantizer = StaticQuantizer(
-        StaticRange(-edge, edge, torch.zeros_like(edge, dtype=torch.bool)), bits
-    )
+    source.quantizer = StaticQuantizer(chosen, bits)
     source.compensation = DynamicCompensation(mask)
     simulated = QuantizedLinear(folded.dequantized, None, source)
     plain = torch.nn.Linear(channels, outputs, bias=False, device=device, dtype=dtype)

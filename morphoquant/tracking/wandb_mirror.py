@@ -111,23 +111,21 @@ def open_tracker(
         return NoTracker()
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports to its makers
-    modes: list[Literal["online", "offline"]] = ["offline"]
-    modes = ["online", "offline"] if settings.mode == "online" else ["offline"]
-    error: Exception | None = None
-    try:
-        if "online" in modes:
-            _reach()
-    except Exception as found:
-        modes.remove("online")
-        _kept_offline(found)
-    for mode in modes:
+    if settings.mode == "online":
         try:
-            return WandbTracker(_start(settings, described, name, group, directory, mode))
-        except Exception as found:
-            error = found
-            if mode == "online":
-                _kept_offline(found)
-    log.warning("wandb could not start, the run goes on without it: %s", error)
+            _reach()
+            return WandbTracker(_start(settings, described, name, group, directory, "online"))
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log.warning(
+                "tracker.mode=online: wandb cannot be used (%s). The run is kept offline; `wandb "
+                "sync` sends it later",
+                reason[:200],
+            )
+    try:
+        return WandbTracker(_start(settings, described, name, group, directory, "offline"))
+    except Exception as error:
+        log.warning("wandb could not start, the run goes on without it: %s", error)
     return NoTracker()
 
 
@@ -175,12 +173,3 @@ def _reach() -> None:
 
     address = wandb.setup().settings.base_url
     requests.head(address, timeout=REACH_SECONDS)  # any answer will do
-
-
-def _kept_offline(error: Exception) -> None:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    log.warning(
-        "tracker.mode=online: wandb cannot be used (%s). The run is kept offline; `wandb sync` "
-        "sends it later",
-        reason[:200],
-    )
