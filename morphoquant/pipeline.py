@@ -196,7 +196,8 @@ def _execute(
         plain = before if drift is None else probe_logits(adapter, probe)
         quantizer = walk_blocks(config, adapter, towers, prepared.calibration, prompts)
         cache = quantize_cache(config, adapter)
-        after = probe_logits(adapter, probe)
+        quantized = bool(quantizer.records) or cache is not None
+        after = probe_logits(adapter, probe) if quantized else plain
         moved = agreement(config, plain, after, [sample.modality for sample in asked])
         measured = held_out.measure(adapter)
     blocks = [b for tower in towers for b in adapter.blocks(tower)]  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def _fill(path: Path, text: str) -> None:
     path.write_bytes(text.encode())
 
 
-def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+def formatted(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headers and formatted cells; a difference stands in its accuracy's cell."""
     details = {f"{detail} {column}" for column in frame for detail in DETAILS}
     shown = [str(c) for c in frame.columns if c not in details]
@@ -116,7 +116,7 @@ def mark(said: Any) -> str:
 
 def to_markdown(frame: pd.DataFrame, notes: Sequence[str] = ()) -> str:
     """The table in GitHub's markdown, with its footnotes."""
-    headers, rows = _cells(frame)
+    headers, rows = formatted(frame)
     lines = ["| " + " | ".join(headers) + " |"]
     lines.append("|" + "|".join("---" if h in TEXT else "---:" for h in headers) + "|")
     lines += ["| " + " | ".join(c.replace("|", r"\|") for c in cells) + " |" for cells in rows]
@@ -132,7 +132,7 @@ def print_rich(frame: pd.DataFrame, notes: Sequence[str] = (), title: str = "") 
     from rich.table import Table
 
     console = Console()
-    headers, rows = _cells(frame)
+    headers, rows = formatted(frame)
     shown = Table(title=title, title_justify="left")
     for header in headers:
         side: Literal["left", "right"] = "left" if header in TEXT else "right"

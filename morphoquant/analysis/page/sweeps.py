@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from morphoquant.analysis.notebook import command
-from morphoquant.analysis.report import _cells
+from morphoquant.analysis.report import formatted
 from morphoquant.analysis.reports import make_report
 from morphoquant.analysis.sweeps import ABOUT, Sweep
 from morphoquant.errors import HarnessError
@@ -44,7 +44,7 @@ def _table(sweep: Sweep) -> SweepTable:
         try:
             report = make_report(sweep.report, sweep.notes)
             title, notes = report.title, report.notes
-            headers, rows = _cells(report.cells)
+            headers, rows = formatted(report.cells)
         except HarnessError as error:
             notes = [f"The table {sweep.report!r} of this sweep cannot be made: {error}"]
     finished = (sweep.path / ABOUT).is_file()
