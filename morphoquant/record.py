@@ -149,7 +149,8 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
     if compensation.name == "dabc":
         described["compensation"] = f"{compensation.name}, {compensation.reading} reading"
     elif compensation.name == "mixed_precision":
-        described["compensation"] = f"outlier channels at {compensation.outlier_bits} bits"
+        which = "rotated mean" if compensation.mask.by_weights else "outlier channels"
+        described["compensation"] = f"{which} at {compensation.outlier_bits} bits"
     elif compensation.name == "low_rank":
         fitted = ", whitened" if compensation.whitened else ""
         order = f"{compensation.order} rounding"

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from morphoquant.config.base import PositiveInt, Share, Strict
 
-Rule = Literal["local", "global", "top_share"]
+Rule = Literal["local", "global", "top_share", "rotated_mean"]
 TokenKind = Literal["text", "image", "video", "audio"]
 TOKEN_KINDS: tuple[TokenKind, ...] = ("text", "image", "video", "audio")
 
@@ -172,17 +172,28 @@ class MaskConfig(Strict):
     """Of the random draw."""
     rules: tuple[Rule, ...] = Field(default=("local",), strict=False)
     """A channel is marked when one of them marks it. ``local``: score >= mean + std_threshold *
-    std within its layer; ``global``: the same over all layers; ``top_share``: the layer's best."""
+    std within its layer; ``global``: the same over all layers; ``top_share``: the layer's best;
+    ``rotated_mean``: channel 0 behind an online Hadamard matrix, where its weight column is an
+    outlier (MQuant's RMS, SPEC 4.8), whatever its score and the cap."""
     std_threshold: float = 2.0
     pooling: Literal["channels", "layers"] = "channels"
     """Global: over all channels of all linears, or the mean of the layers' means and deviations."""
     top_share: Share = 0.05
     max_share: Share = 0.03
     """Cap on the share of a layer's channels that rules may mark; the highest scores win."""
+    mean_share: Share = 0.05
+    """Rotated mean: the column is an outlier where it holds the largest weight of at least this
+    share of output channels (by chance it does in one of as many as there are inputs). At 0
+    every such column is set apart, as MQuant's released code does."""
     modalities: Literal["pooled", "union"] = "pooled"
     """Score all tokens together, or each modality by itself and join the marks."""
     all_channels: tuple[str, ...] = Field(default=(), strict=False)
     """Linears (patterns such as ``*.down_proj``) whose channels are all marked, past the cap."""
+
+    @property
+    def by_weights(self) -> bool:
+        """Whether marks follow from weights alone, before any activation is seen."""
+        return set(self.rules) == {"rotated_mean"} and not self.all_channels
 
 
 class CompensationConfig(Strict):

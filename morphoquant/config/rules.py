@@ -8,6 +8,7 @@ from morphoquant.config.messages import ConfigError
 from morphoquant.config.method import FIXED_WIDTH
 from morphoquant.config.partial import partial
 from morphoquant.config.rows import TABLE1
+from morphoquant.config.rules_channels import by_channel
 from morphoquant.config.rules_modality import by_modality
 from morphoquant.config.rules_placement import placement
 from morphoquant.config.schema import RunConfig
@@ -25,6 +26,7 @@ def check(cfg: RunConfig) -> None:
         *_activation(cfg),
         *_search(cfg),
         *_compensation(cfg),
+        *by_channel(cfg),
         *by_modality(cfg),
         *_model(cfg),
         *_data(cfg),
@@ -265,12 +267,6 @@ def _compensation(cfg: RunConfig) -> Iterator[str]:
             "channels those or dynamic ranges. Set method/activation=per_channel_static (or "
             "per_channel_mdqfo), or method/compensation=none."
         )
-    if compensation.name == "mixed_precision" and not dynamic:
-        yield (
-            f"method.compensation.name='mixed_precision' with {_activation_words(cfg)}: outlier "
-            "channels share one dynamic range per token. Set method/activation=per_token (or "
-            "per_group), or method/compensation=dabc."
-        )
     if compensation.name == "low_rank" and (
         cfg.method.weight.format == "none" or cfg.method.weight.fold
     ):
@@ -287,18 +283,6 @@ def _compensation(cfg: RunConfig) -> Iterator[str]:
             f"method.compensation.per_modality=true with name={compensation.name!r}: what is "
             "returned per token needs no modality. Set method/compensation="
             "static_bias_per_modality, or per_modality=false."
-        )
-    mask = compensation.mask
-    if not mask.rules and not mask.all_channels:
-        yield (
-            "method.compensation.mask.rules=[] with mask.all_channels=[]: nothing would be "
-            "compensated. Set mask.rules=[local], or method/compensation=none."
-        )
-    if mask.score == "log_l1" and mask.modalities == "union":
-        yield (
-            "method.compensation.mask.score='log_l1' with mask.modalities='union': this score "
-            "grows with the number of tokens, which differs between modalities. Set mask.score="
-            "log1p, or mask.modalities=pooled."
         )
 
 

@@ -216,13 +216,21 @@ def static_range(
     return _as_configured(start, config)
 
 
-def tensor_range(config: ActivationConfig, statistics: ModalityStatistics) -> StaticRange:
+def tensor_range(
+    config: ActivationConfig, statistics: ModalityStatistics, apart: torch.Tensor | None = None
+) -> StaticRange:
     """The range of all channels together before any search: [1], or one per modality [1 + M, 1].
 
     Per modality (MQuant's modality-specific static quantization, SPEC 4.8) the first row is of all
     tokens; a modality that calibration never showed takes it too.
+
+    Args:
+        config: granularity, range, symmetry, grid.
+        statistics: of the group's input.
+        apart: bool [channels] that stay in high precision and widen no range, or None.
     """
     pooled = statistics.pooled()
+    inside = slice(None) if apart is None or bool(apart.all()) else ~apart
     parts: list[tuple[ChannelStatistics, LayerDistribution | None]] = [
         (pooled, statistics.pooled_distribution())
     ]
@@ -233,14 +241,14 @@ def tensor_range(config: ActivationConfig, statistics: ModalityStatistics) -> St
             parts.append(found if known else parts[0])
     edges, lows, highs = [], [], []
     for part, distribution in parts:
-        edge = float(part.absmax.max())
+        edge = float(part.absmax[inside].max())
         if config.range.name == "percentile":
             assert distribution is not None, "percentiles need histograms"
             quantile = distribution.magnitudes.quantile(config.range.percentile / 100)
             edge = min(edge, quantile) if quantile > 0 else edge
         edges.append(edge)
-        lows.append(float(part.lo.min()))
-        highs.append(float(part.hi.max()))
+        lows.append(float(part.lo[inside].min()))
+        highs.append(float(part.hi[inside].max()))
     shape = (-1, 1) if config.granularity == "per_modality" else (-1,)
 
     def column(values: list[float]) -> torch.Tensor:

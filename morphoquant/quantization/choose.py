@@ -39,6 +39,16 @@ class GroupChoice:
     ratios: torch.Tensor | None = None
 
 
+def returned(method: MethodConfig, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [channels], those that come back whole (or past a gate) while the model runs, or None.
+
+    Args:
+        method: its compensation.
+        mask: bool [channels] of compensated channels, or None.
+    """
+    return mask if method.compensation.name in ("dabc", "mixed_precision") else None
+
+
 def start_choice(
     method: MethodConfig, statistics: ModalityStatistics, mask: torch.Tensor | None
 ) -> GroupChoice:
@@ -49,11 +59,11 @@ def start_choice(
         statistics: of the group's input.
         mask: bool [channels] of compensated channels, or None.
     """
+    dynamic = returned(method, mask)
     if method.activation.granularity == "per_channel":
-        dynamic = mask if method.compensation.name == "dabc" else None
         start = static_range(method.activation, statistics.pooled(), dynamic)
     else:
-        start = tensor_range(method.activation, statistics)
+        start = tensor_range(method.activation, statistics, dynamic)
     return GroupChoice(start, mask, start)
 
 
@@ -80,9 +90,9 @@ def make_search(
             min_ratio=config.min_ratio,
             chunk_mb=config.chunk_mb,
         )
+    mask = returned(method, choice.mask)
     if method.activation.granularity != "per_channel":
-        return TensorSearch(choice.start, weights[0].shape[1], bits.activation, config)
-    mask = choice.mask if method.compensation.name == "dabc" else None
+        return TensorSearch(choice.start, weights[0].shape[1], bits.activation, config, mask)
     by_token = config.cosine == "token" and config.cosine_weight > 0
     if config.ratio_per == "channel" and not by_token:
         return RangeSearch(choice.start, bits.activation, config, mask, method.compensation, ratios)
@@ -96,7 +106,7 @@ def make_search(
 
 def make_learner(choice: GroupChoice, method: MethodConfig, bits: BitsConfig) -> GradientSearch:
     """The gradient search of a group."""
-    mask = choice.mask if method.compensation.name == "dabc" else None
+    mask = returned(method, choice.mask)
     return GradientSearch(
         choice.start, bits.activation, method.activation.range, mask, method.compensation
     )

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from morphoquant.calibration.statistics import ModalityStatistics
 from morphoquant.calibration.walk import Observer, Segment, observing, run_block
@@ -28,6 +27,7 @@ from morphoquant.quantization.choose import (
     SearchingQuantizer,
     make_learner,
     make_search,
+    returned,
     start_choice,
     unreached,
     updating,
@@ -42,13 +42,14 @@ from morphoquant.quantization.gather import Gathered
 from morphoquant.quantization.install import Visit, describe_activation, install
 from morphoquant.quantization.linear import GroupInput, QuantizedLinear, plain
 from morphoquant.quantization.manifest import LinearRecord, Manifest
-from morphoquant.quantization.masks import ScoreMoments, group_mask
+from morphoquant.quantization.masks import ScoreMoments, drawn, group_mask
 from morphoquant.quantization.mdqfo import Search
 from morphoquant.quantization.measure import ErrorMeter
 from morphoquant.quantization.mixed import ExcludingQuantizer
 from morphoquant.quantization.modality import ModalityScale
 from morphoquant.quantization.needs import Needs
 from morphoquant.quantization.observation import Observation, Recall
+from morphoquant.quantization.rotated_mean import rotated_mean_mask
 from morphoquant.quantization.rounding import (
     GroupData,
     method_of,
@@ -111,14 +112,19 @@ class BlockQuantizer(Needs):
             labels = self.labels if self.needs_labels else None
             sources, records = install(block, labels, self.only)
             self.records += records
-        at = Visit(index, block, sources)
+        at = Visit(index, block, sources, originals)
         late = rounds_late(self.method, self.bits.lowest)
+        if self.masks_channels and not self.masks_by_statistics:
+            for group in block.groups:
+                config, names = self.method.compensation.mask, block.names(group)
+                marked = self._rotated_mean(at, group)
+                self.masks[block.name, group.name] = drawn(marked, names, config)
         if installs and not late:
-            self._round(at, originals, segments[STATISTICS])
+            self._round(at, segments[STATISTICS])
         for work, name, move in self._passes(segments):
             work(at, segments[name], move)
         if late:
-            self._round(at, originals, segments[STATISTICS])
+            self._round(at, segments[STATISTICS])
         for work, name, move in self._passes(segments, behind_rounding=True):
             work(at, segments[name], move)
         if self.quantizes_activations:
@@ -192,14 +198,22 @@ class BlockQuantizer(Needs):
                 statistics = found[group.name]
                 if self.scales_tensors:
                     self.largest[key] = statistics.pooled().absmax.max()
-                if self.masks_channels:
+                if self.masks_by_statistics:
                     config = self.method.compensation.mask
-                    self.masks[key] = group_mask(statistics, names, config, self.moments)
+                    marked = None
+                    if "rotated_mean" in config.rules:
+                        marked = self._rotated_mean(at, group)
+                    self.masks[key] = group_mask(statistics, names, config, self.moments, marked)
                 if self.is_static:
                     mask = self.masks.get(key)
                     self.choices[key] = start_choice(self.method, statistics, mask)
         for name, statistics in found.items() if self.observe else ():
             self.collected[at.block.name, name] = statistics.cpu()
+
+    def _rotated_mean(self, at: Visit, group: InputGroup) -> torch.Tensor:
+        weights = [plain(at.originals[name]).weight for name in group.linears]
+        share = self.method.compensation.mask.mean_share
+        return rotated_mean_mask(weights, at.sources[group.name].online, share)
 
     def _pass_on(self, at: Visit, segments: list[Segment], move: bool) -> None:
         self._run(at, segments, move, None)
@@ -224,8 +238,7 @@ class BlockQuantizer(Needs):
             searches[group.name] = self._fresh_search(at, group, candidates)
         if self.method.activation.range.upstream == "quantized":
             for group in at.block.groups:
-                dynamic = self.method.compensation.name == "dabc"
-                mask = self.choices[at.block.name, group.name].mask if dynamic else None
+                mask = returned(self.method, self.choices[at.block.name, group.name].mask)
                 width = self._bits(at, group).activation
                 at.sources[group.name].quantizer = SearchingQuantizer(
                     searches[group.name], width, mask, self.method.compensation
@@ -265,7 +278,7 @@ class BlockQuantizer(Needs):
     def _bits(self, at: Visit, group: InputGroup) -> BitsConfig:
         return self.bits.of(at.block.names(group))
 
-    def _round(self, at: Visit, originals: Mapping[str, nn.Module], prompts: list[Segment]) -> None:
+    def _round(self, at: Visit, prompts: list[Segment]) -> None:
         """Round the block's weights, group after group in the order in which they run."""
         records = {r.name: r for r in self.records}
         for group in at.block.groups:
@@ -286,7 +299,7 @@ class BlockQuantizer(Needs):
             for name in group.linears:
                 module = at.block.linear(name)
                 assert isinstance(module, QuantizedLinear)
-                original = plain(originals[name]).weight
+                original = plain(at.originals[name]).weight
                 bits = self.bits.at(f"{at.block.name}.{name}")
                 rounded = round_weight(original, method, bits, data, name)
                 module.weight.data = rounded.weight

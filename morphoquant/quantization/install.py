@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from morphoquant.config.method import TokenKind
 from morphoquant.config.schema import ActivationConfig
@@ -21,11 +23,12 @@ NOTHING = {"format": "none", "bits": 16, "effective_bits": 16.0}
 
 @dataclass(frozen=True)
 class Visit:
-    """Where the walk is: a block, its number, and what its groups' inputs go through."""
+    """Where the walk is: a block, its number, its groups' inputs, and the linears as they were."""
 
     index: int
     block: Block
     sources: dict[str, GroupInput]
+    originals: Mapping[str, nn.Module]
 
 
 def install(

@@ -18,27 +18,15 @@ By itself this is an emulation: it computes what an integer kernel computes, not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
 from morphoquant.quantization.compensation import DynamicCompensation
 from morphoquant.quantization.folding import FoldedWeight
-from morphoquant.quantization.int8_product import Product, pack
+from morphoquant.quantization.integer_product import GroupProduct
 from morphoquant.quantization.ranges import StaticGrid
 
-INT32 = torch.iinfo(torch.int32)
 INT8 = torch.iinfo(torch.int8)
-
-
-def integer_product(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """``q p^T`` of int8 [T, K] and int8 [N, K], exactly: int32 [T, N].
-
-    Computed in float64, which holds every sum below 2^53 and multiplies fast on every device
-    (integer matrix products exist on few). The caller rules out sums beyond int32.
-    """
-    return (q.double() @ p.double().T).to(torch.int32)
 
 
 class IntegerLinear(nn.Module):
@@ -57,7 +45,6 @@ class IntegerLinear(nn.Module):
             int32.
     """
 
-    codes: torch.Tensor
     scale: torch.Tensor
     step: torch.Tensor
     offset: torch.Tensor
@@ -77,13 +64,11 @@ class IntegerLinear(nn.Module):
         super().__init__()
         _check(folded, grid, bias, residual)
         n, k = folded.codes.shape
-        self.group_width = folded.group_width
         self.residual = residual
         # A left-out channel, or one whose only level is zero, has code 0 whatever comes.
         silent = folded.step == 0
         silent[folded.channels] = True
         for name, value in {
-            "codes": folded.codes,
             "scale": folded.scale,
             "step": torch.where(folded.step > 0, folded.step, 1.0),
             "offset": grid.offset.expand(k).masked_fill(silent, 0.0),
@@ -92,14 +77,12 @@ class IntegerLinear(nn.Module):
         }.items():
             self.register_buffer(name, value)
 
-        largest = torch.maximum(self.low.abs(), self.high.abs()).double()
+        self.product = GroupProduct(folded.codes, folded.group_width, self.low, self.high)
         constant = folded.scale.new_zeros(n, dtype=torch.float64)
         if bias is not None:
             constant += bias.detach()
-        parts = (t.split(self.group_width, dim=-1) for t in (self.codes, self.offset, largest))
-        for g, (p, z, edge) in enumerate(zip(*parts, strict=True)):
-            if float((p.double().abs() @ edge).max()) > INT32.max:
-                raise ValueError(f"a sum over group {g} could leave int32: use smaller groups")
+        parts = (self.product.groups(t) for t in (folded.codes, self.offset))
+        for g, (p, z) in enumerate(zip(*parts, strict=True)):
             constant += folded.scale[:, g] * (p.double() @ z.double())
         self.register_buffer("bias", constant)
 
@@ -109,38 +92,10 @@ class IntegerLinear(nn.Module):
             panel = folded.dequantized[:, channels]
         self.register_buffer("channels", channels)
         self.register_buffer("panel", panel)
-        self._products: list[Product] | None = None
 
     def pack(self) -> bool:
-        """Compute on 8-bit integers from now on, on the device where the codes are.
-
-        Returns:
-            Whether this device has such a product for every group; otherwise nothing changes.
-        """
-        low, high = int(self.low.min()), int(self.high.max())
-        found = [pack(codes, low, high) for codes in self.codes.split(self.group_width, dim=1)]
-        products = [product for product in found if product is not None]
-        if len(products) < len(found):
-            return False
-        self._products = products
-        return True
-
-    @property
-    def packed(self) -> bool:
-        """Whether the product runs on 8-bit integers."""
-        return self._products is not None
-
-    def _accumulate(self, q: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The sums of every group: [T, N], integers."""
-        parts = q.split(self.group_width, dim=1)
-        if self._products is not None:
-            for product, activations in zip(self._products, parts, strict=True):
-                yield product(activations)
-            return
-        for activations, weights in zip(
-            parts, self.codes.split(self.group_width, dim=1), strict=True
-        ):
-            yield integer_product(activations, weights)
+        """Compute on 8-bit integers from now on; False where this device cannot."""
+        return self.product.pack()
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """int8 codes of [..., K]; 0 in left-out channels and for NaN."""
@@ -154,11 +109,11 @@ class IntegerLinear(nn.Module):
             rows = rows.float()
         q = self.quantize(rows)
         out = self.bias.to(rows.dtype).expand(rows.shape[0], -1).clone()
-        for g, accumulator in enumerate(self._accumulate(q)):
+        for g, accumulator in enumerate(self.product(q)):
             out.addcmul_(accumulator.to(rows.dtype), self.scale[:, g].to(rows.dtype))
         if self.channels.numel():
             out += self._sixteen_bit(rows, q) @ self.panel.to(rows.dtype).T
-        return out.to(x.dtype).reshape(*x.shape[:-1], self.codes.shape[0])
+        return out.to(x.dtype).reshape(*x.shape[:-1], self.product.codes.shape[0])
 
     def _sixteen_bit(self, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """What goes through the panel: values [T, K] and codes [T, K] -> [T, kappa]."""
@@ -181,7 +136,7 @@ class IntegerLinear(nn.Module):
             ``overhead``: ``kappa / K``; times the ratio of the two rates (4 for int4 against
             16 bits) it is the share of time that the panel adds.
         """
-        n, k = self.codes.shape
+        n, k = self.product.codes.shape
         kappa = self.channels.numel()
         return {
             "integer_macs": tokens * n * k,
@@ -190,7 +145,7 @@ class IntegerLinear(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        n, k = self.codes.shape
+        n, k = self.product.codes.shape
         return f"in_features={k}, out_features={n}, panel={self.channels.numel()}"
 
 

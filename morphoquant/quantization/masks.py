@@ -65,7 +65,7 @@ def _marked(score: torch.Tensor, config: MaskConfig, moments: ScoreMoments | Non
             mask |= score >= score.mean() + config.std_threshold * _std(score)
         elif rule == "top_share":
             mask |= _best(score, round(config.top_share * score.numel()))
-        else:
+        elif rule == "global":
             assert moments is not None, "the global rule needs the scores of all layers"
             mask |= score >= moments.mean + config.std_threshold * moments.std
     if "global" not in config.rules:
@@ -108,6 +108,7 @@ def group_mask(
     linears: Iterable[str],
     config: MaskConfig,
     moments: Mapping[str, ScoreMoments] | None = None,
+    by_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mask of an input group: rules, union over modalities, cap, named layers, blind draw.
 
@@ -116,16 +117,22 @@ def group_mask(
         linears: full names of the linears that read it, for ``all_channels``.
         config: the choice.
         moments: view -> moments over all layers; needed by the global rule.
+        by_weights: bool [channels], marked by the weights already, past the cap; or None.
     """
     names = list(linears)
     if any(fnmatchcase(name, pattern) for name in names for pattern in config.all_channels):
         channels = next(iter(statistics.parts.values())).lo
         return torch.ones_like(channels, dtype=torch.bool)
-    seen = views(statistics, config)
-    known = moments or {}
+    mask = _by_scores(views(statistics, config), config, moments or {})
+    return drawn(mask if by_weights is None else mask | by_weights, names, config)
+
+
+def _by_scores(
+    seen: Mapping[str, ChannelStatistics], config: MaskConfig, known: Mapping[str, ScoreMoments]
+) -> torch.Tensor:
+    """What the rules mark in all views together, capped: bool [channels]."""
     if list(seen) == [POOLED]:
-        mask = outlier_mask(seen[POOLED], config, known.get(POOLED))
-        return _drawn(mask, names, config)
+        return outlier_mask(seen[POOLED], config, known.get(POOLED))
     joined: torch.Tensor | None = None
     ranks: torch.Tensor | None = None
     for name, part in seen.items():
@@ -137,10 +144,10 @@ def group_mask(
         ranks = rank if ranks is None else torch.maximum(ranks, rank)
     assert joined is not None
     assert ranks is not None
-    return _drawn(_capped(joined, ranks, config), names, config)
+    return _capped(joined, ranks, config)
 
 
-def _drawn(mask: torch.Tensor, names: Sequence[str], config: MaskConfig) -> torch.Tensor:
+def drawn(mask: torch.Tensor, names: Sequence[str], config: MaskConfig) -> torch.Tensor:
     """The mask itself; for the blind control as many channels at random, by layer and seed."""
     if config.score != "random":
         return mask

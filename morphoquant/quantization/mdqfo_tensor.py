@@ -20,10 +20,22 @@ class TensorSearch:
         channels: width of the activations.
         bits: width of the grid.
         config: ratios, p, memory bound.
+        apart: bool [channels] that stay in high precision and have no say, or None.
     """
 
-    def __init__(self, initial: StaticRange, channels: int, bits: int, config: RangeConfig) -> None:
+    def __init__(
+        self,
+        initial: StaticRange,
+        channels: int,
+        bits: int,
+        config: RangeConfig,
+        apart: torch.Tensor | None = None,
+    ) -> None:
         self.initial = initial
+        self.inside: torch.Tensor | None = None
+        if apart is not None and 0 < int(apart.sum()) < channels:
+            self.inside = (~apart).nonzero().flatten()
+            channels = self.inside.numel()
         settings = config.model_copy(update={"cosine_weight": 0.0, "ratio_per": "mask_group"})
         self.by_modality = initial.lo.ndim == 2
         self.searches = [
@@ -33,6 +45,8 @@ class TensorSearch:
 
     def update(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> None:
         """Add one batch: activations [rows, channels] without padding, their modalities [rows]."""
+        if self.inside is not None:
+            x = x[:, self.inside]
         self.searches[0].update(x)
         if not self.by_modality or labels is None:
             return

@@ -2,6 +2,7 @@
 
 The honest neighbour of the channel reading of DABC: the same mask, but the other channels' scale
 is taken without the outliers, and the outliers' weight columns are kept at the higher width too.
+With the mask of :mod:`morphoquant.quantization.rotated_mean` it is MQuant's RMS.
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ class HigherPrecision(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | int]:
         """(x, x_hat) [..., channels] -> x_tilde and how many elements stayed in 16 bits."""
         tokens = x.numel() // x.shape[-1]
-        if self.bits == 16:
-            return torch.where(self.mask, x, rounded), self.masked * tokens
         if self.masked == 0:
             return rounded, 0
+        if self.bits == 16:
+            return torch.where(self.mask, x, rounded), self.masked * tokens
         out = rounded.clone()
         out[..., self.mask] = fake_quantize_activation(x[..., self.mask], self.bits)
         return out, 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from morphoquant.config.method import TokenKind
 from morphoquant.config.schema import BitsConfig, MethodConfig
-from morphoquant.quantization.rounding import needs_moments_by_kind
+from morphoquant.quantization.rounding import needs_moments_by_kind, splits
 
 
 @dataclass
@@ -45,7 +45,13 @@ class Needs:
     def masks_channels(self) -> bool:
         """Whether some channels are treated apart from the others."""
         kinds = ("dabc", "static_bias", "mixed_precision")
-        return self.quantizes_activations and self.method.compensation.name in kinds
+        returns = self.quantizes_activations and self.method.compensation.name in kinds
+        return returns or splits(self.method, self.bits.lowest)
+
+    @property
+    def masks_by_statistics(self) -> bool:
+        """Whether which channels those are depends on activations."""
+        return self.masks_channels and not self.method.compensation.mask.by_weights
 
     @property
     def scales_tensors(self) -> bool:
@@ -79,7 +85,7 @@ class Needs:
     @property
     def chooses(self) -> bool:
         """Whether masks, ranges or scales are chosen from statistics."""
-        return self.is_static or self.masks_channels or self.scales_tensors
+        return self.is_static or self.masks_by_statistics or self.scales_tensors
 
     @property
     def keeps_histograms(self) -> bool:

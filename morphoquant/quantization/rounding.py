@@ -1,14 +1,14 @@
 """How the weights of an input group are rounded, and what that may look at.
 
 Most methods round a weight as soon as its block is reached, so that activations are observed behind
-rounded weights. Two need the group's mask or ranges first and round *late*: folded weights (SPEC
-2.11) and mixed precision by channel.
+rounded weights. Two need ranges or masks that follow from activations and round *late*: folded
+weights (SPEC 2.11) and mixed precision by channel, unless weights alone say which channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -62,11 +62,21 @@ class RoundedWeight:
     branch: LowRank | ModalityBranches | None = None
 
 
+def splits(method: MethodConfig, bits: BitsConfig) -> bool:
+    """Whether masked columns of a weight have a width of their own."""
+    if bits.weight >= 16 or method.compensation.name != "mixed_precision":
+        return False
+    return _rounds_activations(method, bits) or method.compensation.mask.by_weights
+
+
 def rounds_late(method: MethodConfig, bits: BitsConfig) -> bool:
     """Whether weights wait for the masks and ranges of their block."""
-    if bits.weight >= 16 or bits.activation >= 16 or method.activation.format == "none":
-        return False
-    return method.weight.fold or method.compensation.name == "mixed_precision"
+    folds = method.weight.fold and bits.weight < 16 and _rounds_activations(method, bits)
+    return folds or (splits(method, bits) and not method.compensation.mask.by_weights)
+
+
+def _rounds_activations(method: MethodConfig, bits: BitsConfig) -> bool:
+    return bits.activation < 16 and method.activation.format != "none"
 
 
 def needs_second_moment(method: MethodConfig, bits: BitsConfig) -> bool:
@@ -118,10 +128,10 @@ def round_weight(
         return _with_branches(weight, method, bits, data, name)
     if bits.weight < 16 and compensation.name == "low_rank":
         return _with_branch(weight, method, bits, data, name)
-    if rounds_late(method, bits) and method.weight.fold:
-        return _folded(weight, method, bits, data)
-    if rounds_late(method, bits):
+    if splits(method, bits):
         return _mixed(weight, method, bits, data, name)
+    if rounds_late(method, bits):
+        return _folded(weight, method, bits, data)
     found = _on_grid(weight, method, bits, data, name)
     return RoundedWeight(found.dequantized, found.description)
 
@@ -218,15 +228,19 @@ def _mixed(
 ) -> RoundedWeight:
     """Masked columns at the higher width, the others rounded as if those were not there."""
     assert data.mask is not None
-    high = method.compensation.outlier_bits
-    others = weight.masked_fill(data.mask, 0.0)
+    high, mask = method.compensation.outlier_bits, data.mask
+    others = weight.masked_fill(mask, 0.0)
+    if data.second_moment is not None and mask.any() and not mask.all():
+        # GPTQ would let masked columns make up for errors of others, and that would be lost.
+        apart = mask[:, None] | mask
+        data = replace(data, second_moment=data.second_moment.masked_fill(apart, 0.0))
     found = _on_grid(others, method, bits, data, name)
     description = dict(found.description)
-    share = float(data.mask.double().mean())
+    share = float(mask.double().mean())
     description["effective_bits"] += share * (high - bits.weight)
-    description["columns_in_high_precision"] = int(data.mask.sum())
+    description["columns_in_high_precision"] = int(mask.sum())
     description["high_precision_bits"] = high
-    mixed = mixed_weight(weight, found.dequantized, data.mask, high)
+    mixed = mixed_weight(weight, found.dequantized, mask, high)
     return RoundedWeight(mixed, description)
 
 

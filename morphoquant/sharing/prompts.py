@@ -173,7 +173,9 @@ class SharedStatistics:
         method, bits, model = config.method, config.bits, config.model
         rounds = method.weight.format != "none" and bits.lowest.weight < 16
         transform = method.transform if method.transform.name != "none" else None
-        branch = method.compensation if method.compensation.name == "low_rank" else None
+        # A branch beside the weight, or columns left out of its grid.
+        apart = method.compensation.name in ("low_rank", "mixed_precision")
+        branch = method.compensation if apart else None
         identity: dict[str, Any] = {
             "model": checkpoint_hash(model, self.prompts.store),
             "commit": self.prompts._commit(),

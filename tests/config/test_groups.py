@@ -81,6 +81,8 @@ def test_every_slot_choice(composed: Callable[..., RunConfig], slot: str, choice
         base.append("method/activation=per_tensor_static")
     if choice == "modality_smooth":
         base.append("method/compensation=low_rank_per_modality")
+    if choice == "rotated_mean":
+        base.append("method/transform=rotate")
     composed(*base, f"method/{slot}={choice}")
 
 

@@ -53,6 +53,11 @@ MIXTURES = {
         "method/compensation=dabc",
     ),
     "mquant with nf4": ("method=mquant", "method/weight=nf4"),
+    "every rotated mean apart, mse": (
+        "method=mquant",
+        "method/activation/range=mse",
+        "method.compensation.mask.mean_share=0",
+    ),
 }
 
 

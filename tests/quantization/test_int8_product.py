@@ -76,9 +76,9 @@ def test_the_packed_linear_equals_the_emulation(group: int | None, affine: bool)
     grid = chosen.grid(4)
     linear = IntegerLinear(fold_weight(weight, grid, mask, 4, group), grid, torch.ones(24))
     before = linear(x)
-    assert not linear.packed
+    assert not linear.product.packed
     assert linear.pack()
-    assert linear.packed
+    assert linear.product.packed
     assert torch.equal(linear(x), before)
 
 
@@ -90,5 +90,5 @@ def test_what_cannot_be_packed_stays_an_emulation() -> None:
     linear = IntegerLinear(fold_weight(weight, grid, None, 8, None), grid)
     before = linear(x)
     assert not linear.pack()
-    assert not linear.packed
+    assert not linear.product.packed
     assert torch.equal(linear(x), before)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from morphoquant.formats.weights import fake_quantize_weight
 from morphoquant.quantization.compensation import DynamicCompensation
 from morphoquant.quantization.folding import FoldedWeight, fold_weight
-from morphoquant.quantization.integer_linear import IntegerLinear, integer_product
+from morphoquant.quantization.integer_linear import IntegerLinear
+from morphoquant.quantization.integer_product import integer_product
 from morphoquant.quantization.ranges import StaticGrid, StaticRange
 
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, StaticGrid, torch.Tensor]
