@@ -15,7 +15,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ from morphoquant.config import ConfigError, load
 from morphoquant.config.messages import explain_hydra
 from morphoquant.config.schema import RunConfig
 from morphoquant.errors import HarnessError
-from morphoquant.launching import is_parallel, notes, prepare, settle_in
+from morphoquant.launching import claim, is_parallel, notes, pin, prepare, settle_in
 from morphoquant.ranks import Ranks
+from morphoquant.tracking.rundir import StorageError, as_storage_error
 from morphoquant.tuning import best_command, check_sweeper
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ WISH = "MORPHOQUANT_FULL_ERROR"  # what the user set it to, for jobs in other pr
 
 _failures: list[int] = []
 _open: list[Callable[[BaseException], None]] = []  # what ends a sweep whose launcher gave up
+_held = ExitStack()  # the folder of the sweep that runs
 _full_error = os.environ.get(WISH, os.environ.get(FULL_ERROR)) == "1"
 
 
@@ -67,6 +69,7 @@ def entry(main: Callable[[], Any]) -> int:
             raise
         _open.pop()(error)  # a launcher or sweeper gave up: what came through still makes a table
     finally:
+        _held.close()
         os.environ.pop(WISH, None)
         if before is None:
             os.environ.pop(FULL_ERROR, None)
@@ -98,6 +101,7 @@ def _speaking_once() -> Iterator[None]:
 
 def complain(error: BaseException, title: str) -> None:
     """Say what went wrong in plain lines; with HYDRA_FULL_ERROR=1 the traceback too."""
+    error = as_storage_error(error)
     expected = isinstance(error, HarnessError | HydraException | OmegaConfBaseException)
     if expected and not Ranks.of_process().leads:
         return  # the first rank is told by the others, and says it
@@ -134,7 +138,8 @@ def run_job(cfg: DictConfig) -> float | None:
         from morphoquant import objective, pipeline
 
         result = pipeline.run(config)
-    except Exception as error:
+    except Exception as raised:
+        error = as_storage_error(raised)
         # An unexpected error ends a single run with its traceback. In a sweep the other jobs go
         # on (and may well come through: this one may simply have been too large).
         if sweep is None and not isinstance(error, HarnessError):
@@ -147,7 +152,8 @@ def run_job(cfg: DictConfig) -> float | None:
             note: notes.Note = {"overrides": overrides, "error": reason}
             if config is not None:
                 note |= {"method": config.method.name, "scheme": config.bits.scheme}
-            notes.leave(sweep, int(hydra.job.num), note)
+            with suppress(StorageError):  # a full disk: it was said, and the sweep will end badly
+                notes.leave(sweep, int(hydra.job.num), note)
         return None
     directory = str(pipeline.run_path(config, result))
     value = objective.value(config, result)
@@ -159,7 +165,11 @@ def run_job(cfg: DictConfig) -> float | None:
         done: notes.Note = {"overrides": overrides, "arguments": task, "run": directory}
         if value is not None:
             done |= {"objective": value, "objective_name": config.objective}
-        notes.leave(sweep, int(hydra.job.num), done)
+        try:
+            notes.leave(sweep, int(hydra.job.num), done)
+        except StorageError as error:
+            _failures.append(EXIT_FAILED)
+            complain(error, f"Done, but not noted: {overrides}")
     return value
 
 
@@ -243,9 +253,6 @@ class SweepCallback(Callback):
         _check_launcher(config)
         try:
             prepare(config)
-            if Ranks.of_process().leads:
-                former = Path(config.hydra.sweep.dir) / notes.JOBS
-                shutil.rmtree(former, ignore_errors=True)
             self._jobs = _jobs(config)
             for overrides in self._jobs:
                 try:
@@ -255,6 +262,7 @@ class SweepCallback(Callback):
                 self._config = self._config or loaded
             _check_base(self._config, self._jobs)
             check_sweeper(config, load(config) if self._config is None else self._config)
+            _begin(config)
         except (HarnessError, HydraException, OmegaConfBaseException) as error:
             complain(error, "This sweep cannot run; no job was started:")
             sys.exit(EXIT_CONFIG)
@@ -267,7 +275,8 @@ class SweepCallback(Callback):
         sweep, reason = Path(config.hydra.sweep.dir), f"{type(error).__name__}: {error}"
         lost = notes.unsettled(sweep) | {n: " ".join(o) for n, o in enumerate(self._jobs)}
         for number, overrides in lost.items():
-            notes.bury(sweep, number, overrides, reason.splitlines()[0])
+            with suppress(StorageError):
+                notes.bury(sweep, number, overrides, reason.splitlines()[0])
         self.on_multirun_end(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -279,7 +288,10 @@ class SweepCallback(Callback):
             return
         _open.clear()
         sweep = Path(config.hydra.sweep.dir)
-        found = read_notes(sweep)
+        found = [
+            note if notes.is_settled(note) else note | {"error": "its last note is missing"}
+            for note in read_notes(sweep)
+        ]
         failed = [note for note in found if "error" in note]
         if failed:  # known here even where the jobs ran in other processes
             _failures.append(EXIT_FAILED)
@@ -295,6 +307,15 @@ class SweepCallback(Callback):
             complain(error, "The table could not be made:")
         for note in failed:
             print(f"failed: {note['overrides']}: {note['error']}", file=sys.stderr)
+
+
+def _begin(config: DictConfig) -> None:
+    """Take the sweep's folder; only then do notes of an earlier sweep go."""
+    if not Ranks.of_process().leads:
+        pin(config, Path(os.path.abspath(str(config.hydra.sweep.dir))))
+        return
+    folder = _held.enter_context(claim(config))
+    shutil.rmtree(folder / notes.JOBS, ignore_errors=True)
 
 
 def _check_launcher(config: DictConfig) -> None:

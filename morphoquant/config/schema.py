@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from morphoquant.config.base import Bits, PositiveInt, Strict
 from morphoquant.config.method import (
@@ -213,6 +213,17 @@ class TrackerConfig(Strict):
     project: str = "morphoquant"
     entity: str | None = None
     group: str | None = None
+
+    @field_validator("project")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        """wandb would refuse it only after the model was loaded."""
+        if not 0 < len(value) <= 128 or set(value) & set("/\\#?%:"):
+            raise ValueError(
+                f"{value!r} is no name of a wandb project: 1 to 128 characters without / \\ # ? % :"
+                " (the team is tracker.entity)"
+            )
+        return value
 
 
 class PathsConfig(Strict):

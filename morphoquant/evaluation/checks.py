@@ -226,12 +226,12 @@ def _check_video(row: Row, data: LocalData) -> None:
     state = found.stat()
     problem = _clip_problem(found, state.st_size, state.st_mtime_ns)
     if problem is not None:
-        raise _Bad("videoID", f"no clip in {found} ({problem})", "a file with a video stream")
+        raise _Bad("videoID", f"no clip in {found} ({problem})", "a file with a video that decodes")
 
 
 @cache
 def _clip_problem(path: Path, size: int, changed: int) -> str | None:
-    """Why a clip cannot be opened; None where its header is in order. Decodes nothing.
+    """Why a clip cannot be used; None where its header is in order and its first frame decodes.
 
     Remembered for the state of the file: several questions share a clip, and jobs share clips.
     """
@@ -239,9 +239,14 @@ def _clip_problem(path: Path, size: int, changed: int) -> str | None:
 
     try:
         with av.open(str(path)) as container:
-            return None if container.streams.video else "it has no video stream"
+            if not container.streams.video:
+                return "it has no video stream"
+            next(container.decode(container.streams.video[0]))
+    except StopIteration:
+        return "no frame could be decoded"
     except av.error.FFmpegError as error:
         return str(error).split(":", 1)[0]
+    return None
 
 
 _ROW_CHECKS: dict[str, Callable[[Row], None]] = {

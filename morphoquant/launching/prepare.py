@@ -1,13 +1,12 @@
-"""Before the first job of a sweep: the launcher is there, and the sweep's folder has one name."""
+"""Before the first job of a sweep: the launcher is there, and survives its jobs."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig
 
 from morphoquant.config import ConfigError
 
@@ -34,12 +33,11 @@ def is_parallel(hydra: Any) -> bool:
 
 
 def prepare(config: DictConfig) -> None:
-    """Pin the sweep's folder, and let the chosen launcher survive its jobs.
+    """Let the chosen launcher survive its jobs.
 
     Raises:
         ConfigError: the launcher's plugin is not installed.
     """
-    _pin(config)
     target = str(config.hydra.launcher._target_)
     plugins = Plugins.instance()
     if target not in plugins.class_name_to_class:
@@ -60,19 +58,3 @@ def how_to_install(target: str) -> str:
         if package in target:
             return f"Install it: pip install -e '{extra}' (in the project's folder)."
     return "Install it: pip install -e . (it is among the package's requirements)."
-
-
-def _pin(config: DictConfig) -> None:
-    """One absolute sweep folder for all jobs, wherever they run and whatever they override."""
-    folder = os.path.abspath(str(config.hydra.sweep.dir))
-    pinned = {"hydra.sweep.dir": folder, "hydra.callbacks.sweep.folder": os.getcwd()}
-    with read_write(config), open_dict(config):
-        config.hydra.sweep.dir = folder
-        # Every job composes its config anew, from these.
-        config.hydra.overrides.hydra.extend([f"{k}={_quoted(v)}" for k, v in pinned.items()])
-
-
-def _quoted(text: str) -> str:
-    """A string as a value in Hydra's override grammar."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

@@ -52,10 +52,18 @@ def _state(source: GroupInput, part: str) -> dict[str, torch.Tensor]:
 
 
 def save_quantizers(blocks: Iterable[Block], path: Path) -> None:
-    """Write all static quantizers of ``blocks`` to ``path``."""
+    """Write all static quantizers of ``blocks`` to ``path``.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(quantizer_tensors(blocks), path)
+    try:
+        save_file(quantizer_tensors(blocks), path)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
 
 
 def load_quantizers(blocks: Iterable[Block], path: Path) -> None:

@@ -16,9 +16,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}")  # see write_atomic
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 NAME_DIGITS = 10  # of the fingerprint, in the directory's name
 
 
@@ -44,16 +48,31 @@ class StorageError(HarnessError, OSError):
 
 
 @contextmanager
-def _storing(path: Path) -> Iterator[None]:
+def storing(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` say which place cannot be written, and what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
         if isinstance(error, StorageError):
             raise
-        raise StorageError(
-            f"{path}: cannot be written ({error.strerror or error}). Nothing that was finished is "
-            f"lost: make room (or set paths.runs=FOLDER) and give the same command again"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path | str, error: BaseException) -> StorageError:
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(
+        f"{path}: cannot be written ({reason}). Nothing that was finished is lost: make room (or "
+        f"set paths.runs=FOLDER) and give the same command again"
+    )
+
+
+def as_storage_error(error: BaseException) -> BaseException:
+    """The error of a full disk as a :class:`StorageError`, whoever met it; others as they are."""
+    if isinstance(error, HarnessError) or getattr(error, "errno", None) not in FULL:
+        return error
+    found = _unwritable(getattr(error, "filename", None) or "a file", error)
+    found.__cause__ = error
+    return found
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -62,7 +81,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         StorageError: the folder cannot be written.
     """
-    with _storing(path):
+    with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not mkstemp: its files are private, and run directories are shared.
         temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
@@ -73,6 +92,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left half written; for whoever holds the folder's lock."""
+    for path in folder.rglob(".*"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -122,7 +148,7 @@ class RunDirectory:
         directory = cls(path, identity, writes)
         if not writes:
             return directory
-        with _storing(path):
+        with storing(path):
             path.mkdir(parents=True, exist_ok=True)
         if not (path / IDENTITY).is_file():
             told = identity if about is None else identity | {ABOUT: about()}
@@ -163,7 +189,7 @@ class RunDirectory:
             return
         from filelock import FileLock, Timeout
 
-        with _storing(self.path):
+        with storing(self.path):
             lock = FileLock(self.path / ".lock")
             try:
                 lock.acquire(timeout=0)
@@ -171,6 +197,10 @@ class RunDirectory:
                 log.info("waiting: another process works on %s", self.path)
                 lock.acquire()
         try:
+            with storing(self.path):
+                if not os.access(self.path, os.W_OK):  # said now, not after an hour of work
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                tidy(self.path)
             yield
         finally:
             lock.release()

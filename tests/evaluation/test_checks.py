@@ -185,6 +185,22 @@ def test_clips_that_cannot_be_opened_are_named(
     assert words in str(caught.value)
 
 
+def test_a_clip_whose_pictures_are_damaged_is_named(
+    root: Path, edited: Edited, paths: PathsConfig
+) -> None:
+    """Its index is whole, so that it opens: only decoding tells."""
+    where = edited("videomme", put(videoID="damaged"), row=3)
+    (where / "videos").unlink()
+    shutil.copytree(root / "videos", where / "videos")
+    content = bytearray(next((where / "videos").glob("*.mp4")).read_bytes())
+    start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    content[start:end] = b"\xff" * (end - start)
+    damaged = where / "videos" / "damaged.mp4"
+    damaged.write_bytes(content)
+    with pytest.raises(DataError, match=r"row 3, column 'videoID'.*damaged\.mp4"):
+        check(config(where, "mini_videomme"), paths)
+
+
 def test_question_ids_honour_the_limit(root: Path, paths: PathsConfig) -> None:
     everything = question_ids(config(root), paths)
     assert len(everything) == 12 + 12 + 12 + 6 + 6

@@ -56,3 +56,9 @@ def test_other_scope_is_refused(quantize: Any, tmp_path: Path) -> None:
     save_quantizers(blocks_of(adapter), tmp_path / "q.safetensors")
     with pytest.raises(SavedRangesError, match="another model or scope"):
         load_quantizers(blocks_of(adapter, ["decoder"]), tmp_path / "q.safetensors")
+
+
+def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    """Whoever stores it makes a message of that kind; safetensors has an error of its own."""
+    with pytest.raises(OSError, match="No such file"):
+        save_quantizers([], tmp_path / "missing" / "quantizers.safetensors")

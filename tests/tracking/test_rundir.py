@@ -16,7 +16,13 @@ import pandas as pd
 import pytest
 
 from morphoquant.errors import HarnessError
-from morphoquant.tracking.rundir import RunDirectory, StorageError, read_result, write_atomic
+from morphoquant.tracking.rundir import (
+    RunDirectory,
+    StorageError,
+    as_storage_error,
+    read_result,
+    write_atomic,
+)
 
 IDENTITY = {"config": {"bits": {"weight": 4}}, "code": "abc"}
 
@@ -102,6 +108,28 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
             RunDirectory.open(tmp_path, "x", IDENTITY)
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_what_a_killed_process_left_half_written_goes(run: RunDirectory) -> None:
+    (run.path / "figures").mkdir()
+    left = [run.path / ".result.json-17-0123abcd", run.path / "figures" / ".a.png-9-ffffffff"]
+    kept = [run.path / ".note-1", run.path / "x-17-0123abcd"]
+    for path in left + kept:
+        path.touch()
+    with run.lock():
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in kept)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
+def test_a_full_disk_is_one_whoever_meets_it(number: int) -> None:
+    found = as_storage_error(OSError(number, os.strerror(number), "/tmp/elsewhere"))
+    assert isinstance(found, StorageError)
+    assert "/tmp/elsewhere" in str(found)
+    assert os.strerror(number) in str(found)
+    assert as_storage_error(found) is found
+    other = ConnectionRefusedError(errno.ECONNREFUSED, "no")
+    assert as_storage_error(other) is other
 
 
 def test_a_second_holder_waits_and_says_so(
