@@ -8,7 +8,12 @@ them is caught.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,9 @@ settings.register_profile("repeatable", max_examples=25, deadline=None, derandom
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
+Completed = subprocess.CompletedProcess[str]
+Command = Callable[..., Completed]
 SOURCES = (
     ("mmmu", "mini:mmmu"),
     ("scienceqa", "mini:scienceqa"),
@@ -116,10 +124,11 @@ def random_model(config: Any, seed: int = 0) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def tiny_adapter(scope: ScopeConfig, tie: bool = True) -> Any:
+def tiny_adapter(scope: ScopeConfig, tie: bool = True, layers: int | None = None) -> Any:
     """An adapter around :func:`random_model` with the shipped model's config and processor.
 
-    The head is tied, as in Qwen2.5-Omni-3B, unless ``tie`` says otherwise.
+    The head is tied, as in Qwen2.5-Omni-3B, unless ``tie`` says otherwise. ``layers`` of the
+    decoder may be fewer.
     """
     from morphoquant.compat import prepare_torchvision
 
@@ -132,6 +141,9 @@ def tiny_adapter(scope: ScopeConfig, tie: bool = True) -> Any:
     config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
     config.tie_word_embeddings = tie
     config.text_config.tie_word_embeddings = tie
+    if layers is not None:
+        config.text_config.num_hidden_layers = layers
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
     described = ModelConfig(
         name="random",
         path="embedded:tiny_omni",
@@ -171,3 +183,44 @@ def copied() -> Callable[[Any], Any]:
 def build_adapter() -> Callable[..., Any]:
     """:func:`tiny_adapter`, for tests that need another config."""
     return tiny_adapter
+
+
+@contextmanager
+def commands_in(environment: dict[str, str]) -> Iterator[Command]:
+    """``command(folder, *arguments)``: ``run.py``, every time in the same process."""
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "commands.py")],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def command(folder: Path, *arguments: str) -> Completed:
+            print(json.dumps([str(folder), arguments]), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, f"run.py {' '.join(arguments)}: its process is gone"
+            code, out, err = json.loads(answer)
+            return subprocess.CompletedProcess(arguments, code, out, err)
+
+        yield command
+        process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def command_line() -> Iterator[Command]:
+    """``command_line(folder, *arguments)``: the command, without a start of its own.
+
+    Nearly all that a small run costs is what Python imports for it.
+    """
+    with commands_in({**os.environ, "PYTHONPATH": str(ROOT)}) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
+def command_lines() -> Callable[[dict[str, str]], Any]:
+    """:func:`commands_in`, for tests that need another environment."""
+    return commands_in

@@ -5,22 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+Completed = subprocess.CompletedProcess[str]
 HEAVY = ("torch", "transformers", "lmms_eval", "pandas", "wandb")
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+@cache
+def run(*arguments: str, **environment: str) -> Completed:
+    """A process of its own, and what it imported in its errors."""
     return subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=120,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1", **environment},
         check=False,
     )
 
@@ -35,7 +40,7 @@ def imported(trace: str) -> set[str]:
     "arguments", [["--help"], ["--cfg", "job"], ["bits=w5a99"], ["benchmark.limit=-1"]]
 )
 def test_answers_before_anything_heavy_is_imported(arguments: list[str]) -> None:
-    found = run(*arguments, PYTHONPROFILEIMPORTTIME="1")
+    found = run(*arguments)
     modules = imported(found.stderr)
     assert "hydra" in modules
     assert not modules & set(HEAVY)
@@ -65,8 +70,13 @@ def test_help_lists_groups_and_examples() -> None:
         (["experiment=widths", "bits.activation=9"], ["bits.activation=9", "in the job"]),
     ],
 )
-def test_refused(arguments: list[str], expected: list[str], tmp_path: Path) -> None:
-    found = run(*arguments, f"paths.runs={tmp_path}")
+def test_refused(
+    command_line: Callable[..., Completed],
+    arguments: list[str],
+    expected: list[str],
+    tmp_path: Path,
+) -> None:
+    found = command_line(tmp_path, *arguments, f"paths.runs={tmp_path}")
     assert found.returncode == 2
     for part in expected:
         assert part in found.stderr

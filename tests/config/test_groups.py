@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from morphoquant.config import ConfigError, RunConfig, load
 from morphoquant.config.schema import BitsConfig, MethodConfig
@@ -24,10 +26,35 @@ SLOT_CHOICES = [(g, p.stem) for g in SLOTS for p in sorted((CONF / "method" / g)
 
 
 @pytest.fixture(scope="module")
-def composed() -> Iterator[Callable[..., RunConfig]]:
+def chosen() -> Iterator[Callable[..., DictConfig]]:
+    """Composes a config, once each."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *overrides: load(compose("config", overrides=list(overrides)))
+        yield cache(lambda *overrides: compose("config", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def composed(chosen: Callable[..., DictConfig]) -> Callable[..., RunConfig]:
+    return lambda *overrides: load(chosen(*overrides))
+
+
+@pytest.fixture(scope="module")
+def at_width(chosen: Callable[..., DictConfig]) -> Callable[[str, str], RunConfig]:
+    """``method=... bits=...``: neither group looks at the other, so each is composed by itself."""
+
+    def make(method: str, bits: str) -> RunConfig:
+        whole = chosen(f"method={method}").copy()
+        whole.bits = chosen(f"bits={bits}").bits
+        return load(whole)
+
+    return make
+
+
+def test_widths_may_be_put_beside_a_method(
+    composed: Callable[..., RunConfig], at_width: Callable[[str, str], RunConfig]
+) -> None:
+    for method, bits in (("morphoquant", "w4a8"), ("quarot", "w4a4kv4"), ("fp16", "w4a4")):
+        assert at_width(method, bits) == composed(f"method={method}", f"bits={bits}")
 
 
 def test_the_groups_are_found() -> None:
@@ -40,7 +67,7 @@ def test_the_groups_are_found() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", BITS)
 def test_every_method_at_every_width(
-    composed: Callable[..., RunConfig], method: str, bits: str
+    at_width: Callable[[str, str], RunConfig], method: str, bits: str
 ) -> None:
     width = bits.removeprefix("w").removesuffix("kv4").split("a")
     one_width = method in ("nf4", "mxfp4", "nvfp4", "hif4", "morphoquant_hif4", "morphoquant_hif8")
@@ -50,9 +77,9 @@ def test_every_method_at_every_width(
     odd = any(w not in (own, "16") for w in (width[:1] if method == "nf4" else width))
     if (one_width and odd) or nothing_rounded or unlearnable:
         with pytest.raises(ConfigError, match="Set "):
-            composed(f"method={method}", f"bits={bits}")
+            at_width(method, bits)
         return
-    config = composed(f"method={method}", f"bits={bits}")
+    config = at_width(method, bits)
     assert config.method.name == method
     weight = width[0] if config.method.weight.format != "none" else "16"
     activation = width[1] if config.method.activation.format != "none" else "16"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -61,9 +63,9 @@ def test_sweep_ends_in_a_table(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_refused_by_name(
-    tmp_path: Path, overrides: list[str], words: list[str]
+    command_line: Callable[..., Any], tmp_path: Path, overrides: list[str], words: list[str]
 ) -> None:
-    done = run(command(tmp_path, *overrides), tmp_path)
+    done = command_line(tmp_path, *command(tmp_path, *overrides)[2:])
     said = done.stdout + done.stderr
     assert done.returncode != 0
     assert "Traceback" not in said
@@ -71,7 +73,9 @@ def test_bad_input_is_refused_by_name(
         assert word in said, said
 
 
-def test_damaged_weights_are_refused_before_loading(tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_before_loading(
+    command_line: Callable[..., Any], tmp_path: Path
+) -> None:
     from morphoquant.models.loading import embedded_folder
 
     model = tmp_path / "model"
@@ -80,7 +84,7 @@ def test_damaged_weights_are_refused_before_loading(tmp_path: Path) -> None:
         (model / path.name).write_bytes(path.read_bytes())
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    done = run(command(tmp_path, f"model.path={model}"), tmp_path)
+    done = command_line(tmp_path, *command(tmp_path, f"model.path={model}")[2:])
     assert done.returncode == 1
     assert "truncated" in done.stderr
     assert str(weights) in done.stderr

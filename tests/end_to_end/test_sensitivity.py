@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).parents[2]
 BUDGET = 6.5
 SWEEP = [
     "experiment=sensitivity",
@@ -30,25 +28,19 @@ SWEEP = [
 ]
 
 
-def run(folder: Path, arguments: list[str]) -> str:
-    found = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
 def result_of(runs: Path, scheme: str) -> dict[str, Any]:
     (path,) = runs.glob(f"tiny_omni-rtn-{scheme}-mini_scienceqa-*/result.json")
     return {**json.loads(path.read_text()), "path": path.parent}
 
 
-def test_a_sweep_over_units_and_its_suggestion(tmp_path: Path) -> None:
+def test_a_sweep_over_units_and_its_suggestion(
+    command_line: Callable[..., Any], tmp_path: Path
+) -> None:
+    def run(folder: Path, arguments: list[str]) -> str:
+        found = command_line(folder, *arguments)
+        assert found.returncode == 0, found.stderr
+        return str(found.stdout)
+
     runs = tmp_path / "runs"
     paths = [f"paths.runs={runs}", f"paths.cache={tmp_path / 'cache'}"]
     said = run(tmp_path, [*SWEEP, *paths])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ SWEEPS = [
 
 
 @pytest.fixture(scope="session")
-def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_runs(command_line: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directories of all sweeps that the notebooks load, with a few questions each."""
     folder = tmp_path_factory.mktemp("notebooks")
     shared = [
@@ -46,8 +45,7 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"paths.cache={folder / 'cache'}",
     ]
     for overrides in SWEEPS:
-        arguments = [sys.executable, str(ROOT / "run.py"), *overrides, *shared]
-        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
+        done = command_line(folder, *overrides, *shared)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs"
 
