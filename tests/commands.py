@@ -1,7 +1,8 @@
 """Runs ``run.py`` again and again in one process: what it imports takes far longer than most runs.
 
-Reads lines of JSON, ``[folder, arguments]``, and answers each with ``[code, stdout, stderr]``. For
-tests of what commands do; those of how a process starts, ends or is killed start their own.
+Reads lines of JSON, ``[folder, module, arguments]`` (no module: ``run.py``), and answers each with
+``[code, stdout, stderr]``. For tests of what commands do; those of how a process starts, ends or is
+killed start their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 RUN = Path(__file__).parents[1] / "run.py"
 
 
-def run(folder: str, arguments: list[str]) -> tuple[int, str, str]:
+def run(folder: str, module: str | None, arguments: list[str]) -> tuple[int, str, str]:
     """What a process of its own would end with."""
     os.chdir(folder)
     sys.argv = [str(RUN), *arguments]
@@ -27,7 +28,10 @@ def run(folder: str, arguments: list[str]) -> tuple[int, str, str]:
     code: object = 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            runpy.run_path(str(RUN), run_name="__main__")
+            if module is None:
+                runpy.run_path(str(RUN), run_name="__main__")
+            else:
+                runpy.run_module(module, run_name="__main__")
         except SystemExit as end:
             code = end.code
         except BaseException:

@@ -185,6 +185,29 @@ def build_adapter() -> Callable[..., Any]:
     return tiny_adapter
 
 
+# Only where it is asked for: a sweep's processes do not all run a job.
+INSTEAD = """
+import importlib.util, pathlib, sys
+class Instead:
+    def find_spec(self, name, path=None, target=None):
+        if name == "morphoquant.pipeline":
+            place = pathlib.Path(__file__).with_name("pipeline.py")
+            return importlib.util.spec_from_file_location(name, place)
+sys.meta_path.insert(0, Instead())
+"""
+
+
+def instead_of_pipeline(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which ``morphoquant.pipeline`` is ``code``, written to a new folder.
+
+    Python imports ``sitecustomize`` first in every process, so workers of any launcher get it too.
+    """
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(INSTEAD)
+    (folder / "pipeline.py").write_text(code)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+
+
 @contextmanager
 def commands_in(environment: dict[str, str]) -> Iterator[Command]:
     """``command(folder, *arguments)``: ``run.py``, every time in the same process."""
@@ -199,8 +222,8 @@ def commands_in(environment: dict[str, str]) -> Iterator[Command]:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def command(folder: Path, *arguments: str) -> Completed:
-            print(json.dumps([str(folder), arguments]), file=process.stdin, flush=True)
+        def command(folder: Path, *arguments: str, module: str | None = None) -> Completed:
+            print(json.dumps([str(folder), module, arguments]), file=process.stdin, flush=True)
             answer = process.stdout.readline()
             assert answer, f"run.py {' '.join(arguments)}: its process is gone"
             code, out, err = json.loads(answer)
@@ -218,6 +241,12 @@ def command_line() -> Iterator[Command]:
     """
     with commands_in({**os.environ, "PYTHONPATH": str(ROOT)}) as command:
         yield command
+
+
+@pytest.fixture(scope="session")
+def replaced() -> Callable[[Path, str], dict[str, str]]:
+    """:func:`instead_of_pipeline`, for tests of what happens around a run."""
+    return instead_of_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,19 @@ The pipeline is replaced by one that only writes results; everything around it i
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from morphoquant.analysis.sweeps import find_sweep
 
-ROOT = Path(__file__).parents[1]
+Completed = subprocess.CompletedProcess[str]
+Drive = Callable[..., Completed]
 
-DRIVER = """
-import sys, types
+PIPELINE = """
 from pathlib import Path
 
 from morphoquant.errors import HarnessError
@@ -70,37 +70,23 @@ def run(config):
     directory.write_table("samples", answers(config))
     directory.finish(found)
     return found
-
-fake = types.ModuleType("morphoquant.pipeline")
-fake.run, fake.run_path = run, path
-import morphoquant
-morphoquant.pipeline = sys.modules["morphoquant.pipeline"] = fake
-import runpy
-if ENTRY.endswith(".py"):
-    runpy.run_path(ENTRY, run_name="__main__")
-else:
-    runpy.run_module(ENTRY, run_name="__main__")
 """
 
 
+@pytest.fixture(scope="module")
 def drive(
-    folder: Path, *arguments: str, entry: str = str(ROOT / "run.py")
-) -> subprocess.CompletedProcess[str]:
-    driver = folder / "driver.py"
-    driver.write_text(f"ENTRY = {entry!r}\n{DRIVER}")
-    runs = folder / "runs"
-    return subprocess.run(
-        [sys.executable, str(driver), *arguments, f"paths.runs={runs}", "tracker=none"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    replaced: Callable[..., dict[str, str]],
+    command_lines: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Completed]]:
+    """``drive(folder, *arguments)``, with runs below the folder."""
+    with command_lines(replaced(tmp_path_factory.mktemp("driven") / "site", PIPELINE)) as command:
+        yield lambda folder, *arguments, **options: command(
+            folder, *arguments, f"paths.runs={folder / 'runs'}", "tracker=none", **options
+        )
 
 
-def test_a_sweep_goes_on_after_failures(tmp_path: Path) -> None:
+def test_a_sweep_goes_on_after_failures(drive: Drive, tmp_path: Path) -> None:
     found = drive(tmp_path, "-m", "method=rtn,quarot,morphoquant,rtn_static")
     assert found.returncode == 1, found.stderr
     (table,) = tmp_path.glob("runs/sweeps/*/table.md")
@@ -122,7 +108,7 @@ def test_a_sweep_goes_on_after_failures(tmp_path: Path) -> None:
     assert found.stderr.count("Traceback") == 1  # of the unexpected one
 
 
-def test_a_sweep_that_comes_through(tmp_path: Path) -> None:
+def test_a_sweep_that_comes_through(drive: Drive, tmp_path: Path) -> None:
     found = drive(
         tmp_path, "-m", "method=morphoquant", "method.activation.range.p=2,3", "bits=w4a4,w8a8"
     )
@@ -134,7 +120,7 @@ def test_a_sweep_that_comes_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "code"), [("morphoquant", 0), ("rtn", 1)])
-def test_a_single_run(tmp_path: Path, method: str, code: int) -> None:
+def test_a_single_run(drive: Drive, tmp_path: Path, method: str, code: int) -> None:
     found = drive(tmp_path, f"method={method}")
     assert found.returncode == code
     assert "Traceback" not in found.stderr
@@ -142,13 +128,15 @@ def test_a_single_run(tmp_path: Path, method: str, code: int) -> None:
     assert ("no room for rtn" in found.stderr) == (code == 1)
 
 
-def test_an_unexpected_error_of_a_single_run_keeps_its_traceback(tmp_path: Path) -> None:
+def test_an_unexpected_error_of_a_single_run_keeps_its_traceback(
+    drive: Drive, tmp_path: Path
+) -> None:
     found = drive(tmp_path, "method=quarot")
     assert found.returncode == 1
     assert "Traceback" in found.stderr
 
 
-def test_an_ablation_ends_in_paired_differences(tmp_path: Path) -> None:
+def test_an_ablation_ends_in_paired_differences(drive: Drive, tmp_path: Path) -> None:
     found = drive(tmp_path, "-m", "experiment=ablation", "ablation=base,loss_p1,loss_p3")
     assert found.returncode == 0, found.stderr
     (table,) = tmp_path.glob("runs/sweeps/*/table.md")
@@ -167,14 +155,14 @@ def test_an_ablation_ends_in_paired_differences(tmp_path: Path) -> None:
     assert "Figure:" in found.stdout
 
 
-def test_an_ablation_without_its_base_is_refused(tmp_path: Path) -> None:
+def test_an_ablation_without_its_base_is_refused(drive: Drive, tmp_path: Path) -> None:
     found = drive(tmp_path, "-m", "experiment=ablation", "ablation=loss_p1,loss_p3")
     assert found.returncode == 2
     assert "ablation=base" in found.stderr
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_table3_shows_published_beside_measured(tmp_path: Path) -> None:
+def test_table3_shows_published_beside_measured(drive: Drive, tmp_path: Path) -> None:
     found = drive(tmp_path, "-m", "experiment=table3")
     assert found.returncode == 0, found.stderr
     (table,) = tmp_path.glob("runs/sweeps/*/table.md")
@@ -186,10 +174,10 @@ def test_table3_shows_published_beside_measured(tmp_path: Path) -> None:
     assert "morphoquant_reference" in text
 
 
-def test_a_published_table_is_a_command_of_its_own(tmp_path: Path) -> None:
+def test_a_published_table_is_a_command_of_its_own(drive: Drive, tmp_path: Path) -> None:
     """``python -m experiments.table1`` is ``run.py experiment=table1``."""
     rows = "row=w4a4_rtn_static,w8a8_morphoquant,w4a4_morphoquant"
-    found = drive(tmp_path, rows, entry="experiments.table1")
+    found = drive(tmp_path, rows, module="experiments.table1")
     assert found.returncode == 0, found.stderr
     (table,) = tmp_path.glob("runs/sweeps/*/table.md")
     text = table.read_text()
@@ -199,6 +187,6 @@ def test_a_published_table_is_a_command_of_its_own(tmp_path: Path) -> None:
     for published in ("76.63", "45.11", "72.93", "42.44"):
         assert published in text
     assert table.with_name("pairs.csv").read_text().count("\n") == 1 + 6
-    refused = drive(tmp_path, "method=rtn", entry="experiments.table1")
+    refused = drive(tmp_path, "method=rtn", module="experiments.table1")
     assert refused.returncode == 2
     assert "Table 1 has no such row" in refused.stderr

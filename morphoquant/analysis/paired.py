@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from statsmodels.stats import contingency_tables, multitest
 
 from morphoquant.analysis.resampling import LEVEL, Stratum, intervals, questions_needed
 from morphoquant.errors import HarnessError
@@ -329,6 +328,8 @@ def _differences(
 @lru_cache(maxsize=4096)
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided McNemar test: could a fair coin have split the changed answers so?"""
+    from statsmodels.stats import contingency_tables  # seconds, and a single run compares nothing
+
     changed = np.array([[0, gained], [lost, 0]])  # those that both answered alike do not matter
     return float(contingency_tables.mcnemar(changed, exact=True).pvalue)
 
@@ -341,8 +342,12 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
     """
     tested = p.notna()
     adjusted = p.astype(float)
-    if tested.any():
-        adjusted[tested] = multitest.multipletests(p[tested], method="holm")[1]
+    raw = adjusted[tested].to_numpy()
+    order = np.argsort(raw)
+    stepped = np.maximum.accumulate(raw[order] * np.arange(len(raw), 0, -1))
+    corrected = np.empty_like(raw)
+    corrected[order] = np.minimum(stepped, 1.0)
+    adjusted[tested] = corrected
     return adjusted
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from statsmodels.stats import power as sizes
 
 BATCH_ELEMENTS = 1 << 22  # of a resampled array held at a time
 POWER, LEVEL = 0.8, 0.05
@@ -140,6 +139,8 @@ def questions_needed(
     Returns:
         Not rounded; infinite where there is no gap.
     """
+    from statsmodels.stats import power as sizes  # slow to import
+
     total = sum(len(stratum.right) for stratum in strata)
     gap, null, alternative = (np.zeros(len(first)) for _ in range(3))
     for stratum in strata:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from morphoquant.analysis import paired
 from morphoquant.errors import HarnessError
@@ -99,6 +100,14 @@ def test_correction_only_raises_p_values(p: list[float]) -> None:
         assert adjusted[smallest] == pytest.approx(min(1.0, raw[smallest] * raw.notna().sum()))
 
 
+def test_correction_is_statsmodels() -> None:
+    generator = np.random.default_rng(0)
+    for raw in ([0.2], [0.01, 0.5, 0.01, 0.04], list(generator.random(20) ** 4)):
+        p = pd.Series([*raw, float("nan")])
+        expected = multipletests(raw, method="holm")[1]
+        assert paired.holm(p).to_list()[:-1] == expected.tolist()
+
+
 def test_a_verdict_needs_interval_and_corrected_test() -> None:
     part = compared({"mmmu": [1] * 30 + [0] * 10}, {"mmmu": [0] * 40}).mean
     assert paired.verdict(part, 0.01) == paired.HIGHER
@@ -154,13 +163,21 @@ def test_the_seed_decides_the_interval() -> None:
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(7)
-    covered, trials, truth = 0, 300, 10.0
-    for _ in range(trials):
+    trials, truth = 300, 10.0
+    verdicts: dict[str, Any] = {}
+    for i in range(trials):
         # +1 with probability 0.25, -1 with 0.15, else no change: 10 points on average.
         change = rng.choice([1, -1, 0], size=150, p=[0.25, 0.15, 0.60])
-        base = np.where(change == 1, 0, 1)
-        part = compared({"mmmu": list(base + change)}, {"mmmu": list(base)}).mean
-        covered += part.low <= truth <= part.high
+        verdicts[f"base {i}"] = np.where(change == 1, 0, 1)
+        verdicts[f"run {i}"] = verdicts[f"base {i}"] + change
+    asked = {"benchmark": "mmmu", "cluster": [str(i) for i in range(150)]}
+    found = paired.differences(
+        pd.DataFrame(asked | verdicts),
+        [(f"run {i}", f"base {i}") for i in range(trials)],
+        modalities=False,
+        resamples=FEW,
+    )
+    covered = sum(part.mean.low <= truth <= part.mean.high for part in found)
     # Two-sided 99.9 % range of a binomial with 300 trials, plus a point for percentile intervals.
     assert 0.90 <= covered / trials <= 0.99
 

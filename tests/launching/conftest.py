@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+FIXED = ("paths.runs=runs", "tracker=none")
 
 Completed = subprocess.CompletedProcess[str]
 
 
-def light_environment(folder: Path) -> dict[str, str]:
-    """The environment in which ``morphoquant.pipeline`` is ``light_pipeline``.
+@pytest.fixture(scope="session")
+def light_environment(
+    replaced: Callable[[Path, str], dict[str, str]],
+) -> Callable[[Path], dict[str, str]]:
+    """The environment in which ``morphoquant.pipeline`` is ``light_pipeline``, in a new folder."""
+    source = HERE / "light_pipeline.py"
+    made = runpy.run_path(str(source))
 
-    Python imports ``sitecustomize`` first in every process, so workers of any launcher get it too.
-    """
-    site = folder / "site"
-    site.mkdir()
-    shutil.copy(HERE / "light_pipeline.py", site)
-    (site / "sitecustomize.py").write_text(
-        "import sys\nimport light_pipeline\nsys.modules['morphoquant.pipeline'] = light_pipeline\n"
-    )
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-    return {**kept, "PYTHONPATH": os.pathsep.join((str(site), str(ROOT)))}
+    def make(folder: Path) -> dict[str, str]:
+        environment = replaced(folder, source.read_text())
+        for right in range(85, 98):
+            made["samples"](right).to_parquet(folder / made["samples_name"](right))
+        return {k: v for k, v in environment.items() if not k.startswith("OMP_")}
+
+    return make
 
 
 def start(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
     """``run.py`` in a folder of its own, with a relative ``paths.runs``."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *arguments, "paths.runs=runs", "tracker=none"],
+        [sys.executable, str(ROOT / "run.py"), *arguments, *FIXED],
         cwd=folder,
         env=environment,
         text=True,
@@ -50,9 +53,9 @@ def finish(process: subprocess.Popen[str]) -> Completed:
 
 
 @pytest.fixture
-def light(tmp_path: Path) -> dict[str, str]:
+def light(light_environment: Callable[[Path], dict[str, str]], tmp_path: Path) -> dict[str, str]:
     """:func:`light_environment` of this test."""
-    return light_environment(tmp_path)
+    return light_environment(tmp_path / "site")
 
 
 @pytest.fixture
@@ -68,10 +71,21 @@ def done(command: Callable[..., subprocess.Popen[str]]) -> Callable[..., Complet
 
 
 @pytest.fixture(scope="session")
-def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def here(
+    command_lines: Callable[..., Any],
+    light_environment: Callable[[Path], dict[str, str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Completed]]:
+    """``here(folder, *arguments)``: commands that start no other process, all in the same one."""
+    with command_lines(light_environment(tmp_path_factory.mktemp("light") / "site")) as command:
+        yield lambda folder, *arguments: command(folder, *arguments, *FIXED)
+
+
+@pytest.fixture(scope="session")
+def serial(here: Callable[..., Completed], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sweep whose jobs ran one after the other."""
     folder = tmp_path_factory.mktemp("serial")
-    found = finish(start(folder, light_environment(folder), "-m", "method=morphoquant,rtn"))
+    found = here(folder, "-m", "method=morphoquant,rtn")
     assert found.returncode == 0, found.stderr
     (sweep,) = (folder / "runs" / "sweeps").iterdir()
     return sweep

@@ -32,8 +32,10 @@ def said_best(out: str) -> list[str]:
     return words[2:]
 
 
-def test_trials_are_sorted_repeatable_and_end_in_a_command(tmp_path: Path, done: Done) -> None:
-    found = done(*TUNE, "bits=w4a8", "calibration.samples=16")
+def test_trials_are_sorted_repeatable_and_end_in_a_command(
+    tmp_path: Path, here: Done, done: Done
+) -> None:
+    found = here(tmp_path, *TUNE, "bits=w4a8", "calibration.samples=16")
     assert found.returncode == 0, found.stderr
     (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
     notes = read_notes(sweep)
@@ -66,8 +68,9 @@ def test_trials_are_sorted_repeatable_and_end_in_a_command(tmp_path: Path, done:
     assert said_best(again.stdout) == said_best(found.stdout)
 
 
-def test_a_grid_that_asks_nothing_ends_in_a_comparison(tmp_path: Path, done: Done) -> None:
-    found = done("-m", "method=rtn,morphoquant", "benchmark=none", "calibration.held_out_samples=8")
+def test_a_grid_that_asks_nothing_ends_in_a_comparison(tmp_path: Path, here: Done) -> None:
+    asked_nothing = ("benchmark=none", "calibration.held_out_samples=8")
+    found = here(tmp_path, "-m", "method=rtn,morphoquant", *asked_nothing)
     assert found.returncode == 0, found.stderr
     (table,) = tmp_path.glob("runs/sweeps/*/table.csv")
     frame = pd.read_csv(table)
@@ -77,8 +80,8 @@ def test_a_grid_that_asks_nothing_ends_in_a_comparison(tmp_path: Path, done: Don
     assert not table.with_name("pairs.csv").exists(), "nobody answered anything"
 
 
-def test_a_study_without_any_good_trial_says_why(tmp_path: Path, done: Done) -> None:
-    found = done("experiment=tune", "method=rtn_static", "hydra.sweeper.n_trials=2")
+def test_a_study_without_any_good_trial_says_why(tmp_path: Path, here: Done) -> None:
+    found = here(tmp_path, "experiment=tune", "method=rtn_static", "hydra.sweeper.n_trials=2")
     assert found.returncode == 1
     assert "no room for rtn_static" in found.stderr
 
@@ -91,9 +94,9 @@ def test_a_study_without_any_good_trial_says_why(tmp_path: Path, done: Done) -> 
     ],
 )
 def test_refused_before_the_first_job(
-    tmp_path: Path, done: Done, arguments: tuple[str, ...], words: list[str]
+    tmp_path: Path, here: Done, arguments: tuple[str, ...], words: list[str]
 ) -> None:
-    found = done(*arguments)
+    found = here(tmp_path, *arguments)
     assert found.returncode == 2, found.stderr
     for word in words:
         assert word in found.stderr

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from morphoquant.analysis.page import gather, render
 from morphoquant.tracking.fingerprint import fingerprint
 
 GROUPS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
@@ -210,6 +211,12 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     jobs += [{"overrides": "method=gptq", "error": "no <b>room</b>", "method": "gptq"}]
     made.sweep("2026-01-01", jobs)
     return made
+
+
+@pytest.fixture(scope="session")
+def page(compared: Runs) -> str:
+    """The report of ``compared``; drawing its figures takes seconds."""
+    return render(gather([compared.root]))
 
 
 ALL = ("outliers", "errors", "depth")

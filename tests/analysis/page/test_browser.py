@@ -12,13 +12,10 @@ import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from morphoquant.analysis.page import gather, render
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -82,11 +79,6 @@ def opened(file: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def console(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What the page said to the console, blocked requests and uncaught errors among it."""
     return [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-
-
-@pytest.fixture(scope="module")
-def page(compared: Any) -> str:
-    return render(gather([compared.root]))
 
 
 def test_the_page_opens_without_a_word_and_shows_every_run(page: str, tmp_path: Path) -> None:

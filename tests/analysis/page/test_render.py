@@ -44,11 +44,6 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(compared: Any) -> str:
-    return render(gather([compared.root]))
-
-
-@pytest.fixture(scope="module")
 def outline(page: str) -> Outline:
     return Outline(page)
 
