@@ -342,12 +342,10 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
     """
     tested = p.notna()
     adjusted = p.astype(float)
-    raw = adjusted[tested].to_numpy()
-    order = np.argsort(raw)
-    stepped = np.maximum.accumulate(raw[order] * np.arange(len(raw), 0, -1))
-    corrected = np.empty_like(raw)
-    corrected[order] = np.minimum(stepped, 1.0)
-    adjusted[tested] = corrected
+    if tested.any():
+        from statsmodels.stats import multitest
+
+        adjusted[tested] = multitest.multipletests(p[tested], method="holm")[1]
     return adjusted
 
 
