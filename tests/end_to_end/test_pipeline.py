@@ -34,8 +34,9 @@ def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConf
             f"paths.cache={root / 'cache'}",
             "tracker=none",
             "statistics.figures=false",  # seconds a run; one test has them drawn
-            "calibration.samples=40",
-            "calibration.search_samples=10",
+            "statistics.probes=1",  # of every modality
+            "calibration.samples=20",
+            "calibration.search_samples=5",
         ]
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             return load(compose("config", overrides=[*fixed, *overrides]))
@@ -52,8 +53,8 @@ def samples(config: RunConfig, result: dict[str, Any]) -> pd.DataFrame:
 def test_rotation_alone_gives_the_same_answers(
     configure: Callable[..., RunConfig], dtype: str
 ) -> None:
-    plain = configure("method=fp16", "limit=12", f"model.dtype={dtype}")
-    turned = configure("method=quarot", "bits=w16a16", "limit=12", f"model.dtype={dtype}")
+    plain = configure("method=fp16", "limit=9", f"model.dtype={dtype}")
+    turned = configure("method=quarot", "bits=w16a16", "limit=9", f"model.dtype={dtype}")
     first, second = pipeline.run(plain), pipeline.run(turned)
     assert second["transform_drift"] <= 1e-4
     assert first["transform_drift"] is None
@@ -66,8 +67,8 @@ def test_rotation_alone_gives_the_same_answers(
 def test_batch_size_does_not_change_an_answer(
     configure: Callable[..., RunConfig], method: str
 ) -> None:
-    one = configure(f"method={method}", "limit=12", "benchmark.batch_size=1", "reference=false")
-    eight = configure(f"method={method}", "limit=12", "benchmark.batch_size=8", "reference=false")
+    one = configure(f"method={method}", "limit=9", "benchmark.batch_size=1", "reference=false")
+    eight = configure(f"method={method}", "limit=9", "benchmark.batch_size=8", "reference=false")
     a, b = samples(one, pipeline.run(one)), samples(eight, pipeline.run(eight))
     pd.testing.assert_series_equal(a["answer"], b["answer"])
 
@@ -75,7 +76,7 @@ def test_batch_size_does_not_change_an_answer(
 def test_same_run_twice_gives_the_same_numbers_and_leaves_a_whole_record(
     configure: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    config = configure("method=morphoquant", "limit=12")
+    config = configure("method=morphoquant", "limit=9")
     first = pipeline.run(config)
     again = config.model_copy(
         update={"paths": config.paths.model_copy(update={"runs": str(tmp_path)})}
@@ -151,13 +152,13 @@ def test_calibrating_on_evaluated_samples_is_refused(configure: Callable[..., Ru
 def test_a_calibration_that_says_it_leaks_runs_and_is_counted(
     configure: Callable[..., RunConfig],
 ) -> None:
-    common = ("method=rtn_static", "limit=200", "benchmark=mini_scienceqa", "reference=false")
-    leaking = configure(*common, "calibration=mini_leaking")
+    common = ("method=rtn_static", "limit=100", "benchmark=mini_scienceqa", "reference=false")
+    leaking = configure(*common, "calibration=mini_leaking", "calibration.samples=40")
     result = pipeline.run(leaking)
     assert result["calibration"]["name"] == "mini_leaking"
     asked = set(samples(leaking, result)["id"])
     assert 0 < result["calibration"]["leaked"] <= 50
-    assert len(asked) == 200
+    assert len(asked) == 100
     assert any("LEAKS" in note for note in table.footnotes([result]))
     quiet = leaking.calibration.model_copy(update={"allow_leakage": False})
     with pytest.raises(CalibrationError, match="leakage"):

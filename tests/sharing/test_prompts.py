@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from morphoquant import quantize
 from morphoquant.calibration.samples import Calibration, load_samples
 from morphoquant.config import RunConfig, load
+from morphoquant.config.schema import ScopeConfig
 from morphoquant.config.store import register
 from morphoquant.quantization import engine, survey
 from morphoquant.quantization.gather import gathers
@@ -42,6 +43,12 @@ def configure() -> Callable[..., RunConfig]:
             return load(compose("config", overrides=[*fixed, *overrides]))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def omni(build_adapter: Callable[..., Any]) -> Any:
+    """The random thinker with two blocks in its decoder: every test walks it several times."""
+    return build_adapter(ScopeConfig(decoder=True, vision=True, audio=True), layers=2)
 
 
 @pytest.fixture(scope="module")
