@@ -239,7 +239,7 @@ def _execute(
         "model": config.model.name,
         "benchmark": config.benchmark.name,
         "limit": config.benchmark.limit,
-        "slots": describe_slots(config.method),
+        "slots": describe_slots(config.method, config.bits),
         "scope": {
             "towers": towers,
             "linears": len(manifest.linears),

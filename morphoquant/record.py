@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from morphoquant.config.schema import MethodConfig, RunConfig
+from morphoquant.config.schema import BitsConfig, MethodConfig, RunConfig
 from morphoquant.tracking.rundir import RunDirectory
 from morphoquant.tracking.wandb_mirror import Tracker
 
@@ -113,8 +113,10 @@ def _scalars(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     return scalars
 
 
-def describe_slots(method: MethodConfig) -> dict[str, str]:
-    """Each slot in a few words, for tables and footnotes."""
+def describe_slots(method: MethodConfig, bits: BitsConfig) -> dict[str, str]:
+    """Each slot in a few words, for tables and footnotes: what it comes to at these widths."""
+    from morphoquant.quantization.weights import format_at
+
     transform, weight = method.transform, method.weight
     activation, compensation = method.activation, method.compensation
     rotates = transform.name in ("rotate", "spin")
@@ -127,19 +129,22 @@ def describe_slots(method: MethodConfig) -> dict[str, str]:
         "activation": "none",
         "compensation": "none",
     }
-    if weight.format == "int":
+    grid = format_at(weight, bits.weight)
+    if grid == "int":
         granularity = weight.granularity.replace("_", "-")
         group = f" {weight.group_size}" if weight.granularity == "per_group" else ""
         folded = ", activation scales folded in" if weight.fold else ""
         uneven = "" if weight.symmetric else " asymmetric"
         by = f"{weight.algorithm}, {weight.clip}"
         described["weight"] = f"int {granularity}{group}{uneven} {by}{folded}"
-    elif weight.format in ("nf4", "fp4"):
+    elif grid in ("nf4", "fp4"):
         double = " + double quantization" if weight.double_quantization else ""
-        described["weight"] = f"{weight.format}{double}"
-    elif weight.format != "none":
-        described["weight"] = weight.format
-    if activation.format not in ("none", "int"):
+        described["weight"] = f"{grid}{double}"
+    elif grid != "none":
+        described["weight"] = grid
+    if bits.activation >= 16:
+        pass
+    elif activation.format not in ("none", "int"):
         described["activation"] = activation.format
     elif activation.format == "int":
         described["activation"] = (
