@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from timeit import default_timer
 
 import torch
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as synchronized_timer
 
 from morphoquant.quantization.activation import StaticQuantizer
 from morphoquant.quantization.compensation import DynamicCompensation
@@ -177,6 +179,7 @@ def time_layer(
             "layer(name)",
             globals={"layer": layer, "name": name},
             num_threads=torch.get_num_threads(),
+            timer=default_timer if device.type == "cpu" else synchronized_timer,
         )
         for name in names
     }

@@ -50,7 +50,7 @@ def answers(config):
         "empty": False, "unparsed": False, "output_tokens": 1,
     })
 
-def path(config, found):
+def run_path(config, found):
     return Path(config.paths.runs) / f"{config.method.name}-{found['fingerprint'][:10]}"
 
 def run(config):

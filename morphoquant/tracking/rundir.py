@@ -21,9 +21,10 @@ import json
 import logging
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}")  # see write_atomic
+CONFIG = "config.yaml"
+UNLOCKED = (f".{CONFIG}-", f".{IDENTITY}-")  # temporaries of files that are written before the lock
+ABANDONED = 3600.0  # seconds after which such a one is taken for a killed process's
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 NAME_DIGITS = 10  # of the fingerprint, in the directory's name
 
@@ -95,10 +99,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left half written; for whoever holds the folder's lock."""
+    """Remove what killed processes left half written; for whoever holds the folder's lock.
+
+    Another process may this very moment open the directory that we hold, perhaps on another host:
+    what is written without the lock goes when it is old.
+    """
     for path in folder.rglob(".*"):
-        if TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+        if not TEMPORARY.fullmatch(path.name) or not path.is_file():
+            continue
+        with suppress(FileNotFoundError):
+            if path.name.startswith(UNLOCKED) and time.time() - path.stat().st_mtime < ABANDONED:
+                continue
+            path.unlink()
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -155,7 +167,7 @@ class RunDirectory:
             reason = explain(path.parent, name, told)
             if reason is not None:
                 log.info("new: %s is %s", path.name, reason)
-            directory.write_text("config.yaml", OmegaConf.to_yaml(identity.get("config", {})))
+            directory.write_text(CONFIG, OmegaConf.to_yaml(identity.get("config", {})))
             directory.write_json(IDENTITY, told)
         return directory
 

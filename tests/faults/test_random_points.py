@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from morphoquant.tracking.rundir import UNLOCKED
+
 PARTS = {
     "note of a job": r"sweep/jobs/",
     "hashes and encoded prompts": r"cache/artifacts/(content|checkpoint|inputs)/",
@@ -53,6 +55,8 @@ def record(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or name.startswith("cache") or path.suffix in (".jsonl", ".lock"):
+            continue
+        if path.name.startswith(UNLOCKED):  # half of one stays for an hour
             continue
         if path.name == "result.json":
             found[name] = {k: json.loads(path.read_text())[k] for k in once}

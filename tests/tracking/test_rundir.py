@@ -113,9 +113,13 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_half_written_goes(run: RunDirectory) -> None:
     (run.path / "figures").mkdir()
     left = [run.path / ".result.json-17-0123abcd", run.path / "figures" / ".a.png-9-ffffffff"]
-    kept = [run.path / ".note-1", run.path / "x-17-0123abcd"]
+    left.append(run.path / ".config.yaml-17-0123abcd")
+    # Written before the lock is taken: another process may be about to rename it.
+    under_way = run.path / ".identity.json-18-0123abcd"
+    kept = [run.path / ".note-1", run.path / "x-17-0123abcd", under_way]
     for path in left + kept:
         path.touch()
+    os.utime(left[-1], (0, 0))
     with run.lock():
         assert not any(path.exists() for path in left)
         assert all(path.exists() for path in kept)
